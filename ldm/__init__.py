@@ -1,0 +1,35 @@
+"""Latent diffusion from the mathematics up: paths, predictions, samplers and the networks.
+
+Names are imported on first use, so that ``import ldm`` costs nothing: ``ldm.RectifiedFlow`` brings in torch,
+``ldm.UNet.from_diffusers(…)`` diffusers.
+"""
+
+from typing import TYPE_CHECKING
+
+from .lazy import attach
+
+if TYPE_CHECKING:
+    from .cond import Cond
+    from .denoiser import Denoised, Denoiser, TimeInput
+    from .guidance import GUIDANCE, classifier_free
+    from .latents import LatentScale
+    from .models import VAE, MMDiT, TextEncoder, UNet
+    from .paths import PATHS, Coeffs, CosineVP, DiscreteVP, LinearVP, Path, RectifiedFlow
+    from .prediction import PREDICTIONS, X0, Eps, Flow, Karras, Prediction, Score, V
+    from .sampling import SAMPLERS, time_grid
+    from .timesteps import TIMESTEPS
+
+__getattr__, __dir__ = attach(
+    __name__,
+    {
+        "cond": "Cond",
+        "denoiser": "Denoised Denoiser TimeInput",
+        "guidance": "GUIDANCE classifier_free",
+        "latents": "LatentScale",
+        "models": "VAE MMDiT TextEncoder UNet",
+        "paths": "PATHS Coeffs CosineVP DiscreteVP LinearVP Path RectifiedFlow",
+        "prediction": "PREDICTIONS X0 Eps Flow Karras Prediction Score V",
+        "sampling": "SAMPLERS time_grid",
+        "timesteps": "TIMESTEPS",
+    },
+)

@@ -1,0 +1,63 @@
+"""What the network is told besides the noisy latents: one value object for every model family."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Cond:
+    """Conditioning of a batch.
+
+    Args:
+        tokens: (B, L, D) text embeddings, diffusers' ``encoder_hidden_states``.
+        bias: (B, L) added to the attention logits of these tokens' keys: 0 for a plain token,
+            -inf hides a padded one, log n makes one token count as n equal ones.
+        pooled: (B, P) one vector per prompt, diffusers' ``pooled_projections`` / ``text_embeds``.
+        size_ids: (B, 6) SDXL's ``time_ids``: original size, crop corner, target size, in pixels.
+        extra: (B, C', H, W) channels set beside the latents (masks, low-resolution pictures).
+    """
+
+    tokens: Tensor
+    bias: Tensor | None = None
+    pooled: Tensor | None = None
+    size_ids: Tensor | None = None
+    extra: Tensor | None = None
+
+    def __len__(self) -> int:
+        return self.tokens.shape[0]
+
+    def map(self, f: Callable[[Tensor], Tensor]) -> Cond:
+        """Apply ``f`` to every tensor that is there."""
+        given = {x.name: getattr(self, x.name) for x in fields(self)}
+        return Cond(**{name: None if value is None else f(value) for name, value in given.items()})
+
+    def to(self, *args, **kwargs) -> Cond:
+        return self.map(lambda x: x.to(*args, **kwargs))
+
+    def repeat_interleave(self, n: int) -> Cond:
+        """Each row n times in a row: prompts 0, 0, …, 1, 1, …"""
+        return self.map(lambda x: x.repeat_interleave(n, dim=0))
+
+    def where(self, keep: Tensor, other: Cond) -> Cond:
+        """This conditioning in the rows where ``keep`` (B,) is true, ``other``'s (1 or B rows) elsewhere."""
+        return _zip(lambda a, b: torch.where(keep.view(-1, *[1] * (a.ndim - 1)), a, b.to(a.dtype)), (self, other))
+
+    @staticmethod
+    def cat(conds: Sequence[Cond]) -> Cond:
+        """Stack batches: rows of the first, then of the second, … They must bear the same fields."""
+        return _zip(lambda *xs: torch.cat(xs), conds)
+
+
+def _zip(f: Callable[..., Tensor], conds: Sequence[Cond]) -> Cond:
+    joined = {}
+    for x in fields(Cond):
+        values = [getattr(c, x.name) for c in conds]
+        if any(v is None for v in values) != all(v is None for v in values):
+            raise ValueError(f"Conds do not fit together: `{x.name}` is given in some of them only")
+        joined[x.name] = None if values[0] is None else f(*values)
+    return Cond(**joined)

@@ -1,0 +1,324 @@
+"""The convolutional denoiser of Stable Diffusion 1, 2 and XL: ADM's UNet with text in its attention.
+
+Dhariwal & Nichol 2021 (the residual UNet), Rombach et al. 2022 §3.3 (cross-attention to text), Podell et al. 2023
+(SDXL: deeper transformers, size and crop conditioning). Names and shapes are those of ``UNet2DConditionModel``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..cond import Cond
+from .base import Network
+from .embeddings import TimestepMLP, timestep_embedding
+from .transformer import Transformer2D
+
+_ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
+_FEED_FORWARD = ["ff.net.0.proj", "ff.net.2"]
+_CONV = ["proj_in", "proj_out", "conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv"]
+LORA_TARGETS: dict[str, list[str]] = {  # the ends of the names of the layers that a LoRA wraps
+    "attention": _ATTENTION,
+    "attention+ff": _ATTENTION + _FEED_FORWARD,
+    "conv": _ATTENTION + _FEED_FORWARD + _CONV,
+}
+
+
+class ResnetBlock(nn.Module):
+    """Two convolutions around the time embedding; the input is added back (DDPM, ADM)."""
+
+    def __init__(self, width_in: int, width: int, time_width: int, groups: int):
+        super().__init__()
+        self.norm1 = nn.GroupNorm(groups, width_in)
+        self.conv1 = nn.Conv2d(width_in, width, 3, padding=1)
+        self.time_emb_proj = nn.Linear(time_width, width)
+        self.norm2 = nn.GroupNorm(groups, width)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1)
+        self.conv_shortcut = None if width_in == width else nn.Conv2d(width_in, width, 1)
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        """x (B, C, H, W); emb (B, time_width), the time embedding after its SiLU."""
+        h = self.conv1(F.silu(self.norm1(x))) + self.time_emb_proj(emb)[:, :, None, None]
+        h = self.conv2(F.silu(self.norm2(h)))
+        return h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
+
+
+class Downsample(nn.Module):
+    def __init__(self, width: int):
+        super().__init__()
+        self.conv = nn.Conv2d(width, width, 3, stride=2, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x)
+
+
+class Upsample(nn.Module):
+    def __init__(self, width: int):
+        super().__init__()
+        self.conv = nn.Conv2d(width, width, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+class Level(nn.Module):
+    """The layers of one resolution. The UNet walks through them, so that it can recompute each one by itself."""
+
+    def __init__(
+        self,
+        resnets: Sequence[ResnetBlock],
+        attentions: Sequence[Transformer2D] = (),
+        down: Downsample | None = None,
+        up: Upsample | None = None,
+    ):
+        super().__init__()
+        self.attentions = nn.ModuleList(attentions)
+        self.resnets = nn.ModuleList(resnets)
+        self.downsamplers = nn.ModuleList([down] if down else [])
+        self.upsamplers = nn.ModuleList([up] if up else [])
+
+
+class UNet(Network):
+    """The twin of diffusers' ``UNet2DConditionModel``; its config fields, with its defaults.
+
+    Args:
+        sample_size: height and width of the latents that the model is meant for; any other size runs too.
+        in_channels, out_channels: of the latents; ``in_channels`` counts those of ``Cond.extra``.
+        flip_sin_to_cos, freq_shift: of the sinusoids of time (``timestep_embedding``).
+        down_block_types: per level, first the widest map: ``DownBlock2D`` or ``CrossAttnDownBlock2D``.
+        up_block_types: per level, last the widest map: ``UpBlock2D`` or ``CrossAttnUpBlock2D``.
+        block_out_channels: channels per level. The resolution is halved between levels.
+        layers_per_block: residual blocks per level on the way down (one more on the way up).
+        norm_num_groups: of every group norm.
+        cross_attention_dim: width of ``Cond.tokens``.
+        transformer_layers_per_block: depth of each transformer; one number, or one per level.
+        attention_head_dim: the NUMBER of heads, whatever its name says; one number, or one per level.
+        use_linear_projection: transformers enter and leave by a linear layer (SD 2, SDXL), not a 1x1 convolution.
+        upcast_attention: kept for the stock config (SD 2.1 sets it). Fused kernels sum in float32 without it, here
+            as there.
+        addition_embed_type: ``text_time`` adds ``Cond.pooled`` and ``Cond.size_ids`` to the time embedding (SDXL).
+        addition_time_embed_dim: sinusoids per number in ``size_ids``.
+        projection_class_embeddings_input_dim: width of ``pooled`` + 6 * ``addition_time_embed_dim``.
+    Raises:
+        ValueError: fields that contradict each other.
+    """
+
+    stock = "UNet2DConditionModel"
+
+    def __init__(
+        self,
+        *,
+        sample_size: int | Sequence[int] | None = None,
+        in_channels: int = 4,
+        out_channels: int = 4,
+        flip_sin_to_cos: bool = True,
+        freq_shift: float = 0,
+        down_block_types: Sequence[str] = (*["CrossAttnDownBlock2D"] * 3, "DownBlock2D"),
+        up_block_types: Sequence[str] = ("UpBlock2D", *["CrossAttnUpBlock2D"] * 3),
+        block_out_channels: Sequence[int] = (320, 640, 1280, 1280),
+        layers_per_block: int | Sequence[int] = 2,
+        norm_num_groups: int = 32,
+        cross_attention_dim: int = 1280,
+        transformer_layers_per_block: int | Sequence[int] = 1,
+        attention_head_dim: int | Sequence[int] = 8,
+        use_linear_projection: bool = False,
+        upcast_attention: bool | None = False,
+        addition_embed_type: str | None = None,
+        addition_time_embed_dim: int | None = None,
+        projection_class_embeddings_input_dim: int | None = None,
+    ):
+        super().__init__(
+            sample_size=sample_size,
+            in_channels=in_channels,
+            out_channels=out_channels,
+            flip_sin_to_cos=flip_sin_to_cos,
+            freq_shift=freq_shift,
+            down_block_types=down_block_types,
+            up_block_types=up_block_types,
+            block_out_channels=block_out_channels,
+            layers_per_block=layers_per_block,
+            norm_num_groups=norm_num_groups,
+            cross_attention_dim=cross_attention_dim,
+            transformer_layers_per_block=transformer_layers_per_block,
+            attention_head_dim=attention_head_dim,
+            use_linear_projection=use_linear_projection,
+            upcast_attention=upcast_attention,
+            addition_embed_type=addition_embed_type,
+            addition_time_embed_dim=addition_time_embed_dim,
+            projection_class_embeddings_input_dim=projection_class_embeddings_input_dim,
+        )
+        widths, groups, text = list(block_out_channels), norm_num_groups, cross_attention_dim
+        levels = len(widths)
+        layers = _per_level("layers_per_block", layers_per_block, levels)
+        depths = _per_level("transformer_layers_per_block", transformer_layers_per_block, levels)
+        heads = _per_level("attention_head_dim", attention_head_dim, levels)
+        text_down = _with_text("down_block_types", down_block_types, "Down", levels)
+        text_up = _with_text("up_block_types", up_block_types, "Up", levels)[::-1]
+        if not isinstance(text, int):
+            raise ValueError(f"cross_attention_dim: {text!r}; expected one number, the width of the text tokens")
+        for i, width in enumerate(widths):
+            if width % groups:
+                raise ValueError(f"block_out_channels[{i}] = {width} is no multiple of norm_num_groups = {groups}")
+            if (text_down[i] or text_up[i] or i == levels - 1) and width % heads[i]:
+                raise ValueError(
+                    f"block_out_channels[{i}] = {width} is no multiple of its {heads[i]} heads; "
+                    "attention_head_dim is the number of heads"
+                )
+        time_width = 4 * widths[0]
+
+        def resnet(width_in: int, width: int) -> ResnetBlock:
+            return ResnetBlock(width_in, width, time_width, groups)
+
+        def transformer(i: int) -> Transformer2D:
+            return Transformer2D(widths[i], heads[i], depths[i], text, groups, use_linear_projection)
+
+        self.conv_in = nn.Conv2d(in_channels, widths[0], 3, padding=1)
+        self.time_embedding = TimestepMLP(widths[0], time_width)
+        self.add_embedding = None
+        if addition_embed_type == "text_time":
+            self.size_width, added = addition_time_embed_dim or 0, projection_class_embeddings_input_dim or 0
+            self.pooled_width = added - 6 * self.size_width
+            if self.size_width < 1 or self.pooled_width < 1:
+                raise ValueError(
+                    "addition_embed_type 'text_time' needs addition_time_embed_dim and "
+                    "projection_class_embeddings_input_dim = 6 * addition_time_embed_dim + the width of Cond.pooled; "
+                    f"they are {addition_time_embed_dim} and {projection_class_embeddings_input_dim}"
+                )
+            self.add_embedding = TimestepMLP(added, time_width)
+        elif addition_embed_type is not None:
+            raise ValueError(f"addition_embed_type: {addition_embed_type!r}; expected None or 'text_time'")
+
+        self.down_blocks = nn.ModuleList()
+        self.up_blocks = nn.ModuleList()
+        skips, x = [widths[0]], widths[0]  # channels of the maps kept for the way up, and of the current one
+        for i, width in enumerate(widths):
+            resnets = [resnet(x if j == 0 else width, width) for j in range(layers[i])]
+            attentions = [transformer(i) for _ in resnets] if text_down[i] else []
+            down = Downsample(width) if i < levels - 1 else None
+            self.down_blocks.append(Level(resnets, attentions, down=down))
+            skips += [width] * (layers[i] + (down is not None))
+            x = width
+        self.mid_block = Level([resnet(x, x), resnet(x, x)], [transformer(levels - 1)])
+        for i in reversed(range(levels)):
+            resnets = []
+            for _ in range(layers[i] + 1):
+                resnets.append(resnet(x + skips.pop(), widths[i]))
+                x = widths[i]
+            attentions = [transformer(i) for _ in resnets] if text_up[i] else []
+            self.up_blocks.append(Level(resnets, attentions, up=Upsample(x) if i > 0 else None))
+        self.conv_norm_out = nn.GroupNorm(groups, widths[0])
+        self.conv_out = nn.Conv2d(widths[0], out_channels, 3, padding=1)
+        self.init()
+
+    @torch.no_grad()
+    def init(self) -> None:
+        """torch's own start, but each residual branch and the output begin at zero (DDPM, ADM): the network is
+        then the identity along its skips and predicts 0."""
+        for module in self.modules():
+            if isinstance(module, ResnetBlock):
+                _zero(module.conv2)
+            elif isinstance(module, Transformer2D):
+                _zero(module.proj_out)
+        _zero(self.conv_out)
+
+    def forward(self, x: Tensor, time: Tensor, cond: Cond) -> Tensor:
+        """The network's output for noisy latents.
+
+        Args:
+            x: (B, in_channels, H, W), together with the channels of ``cond.extra``.
+            time: (B,) in the network's own units (0 to 1000).
+            cond: ``tokens`` (B, L, cross_attention_dim), and optionally ``bias`` (B, L); for SDXL ``pooled``
+                and ``size_ids`` too.
+        Returns:
+            (B, out_channels, H, W).
+        Raises:
+            ValueError: H or W cannot be halved at every level, or ``cond`` does not fit the model.
+        """
+        if cond.extra is not None:
+            x = torch.cat([x, cond.extra], dim=1)
+        self._check(x, cond)
+        emb = F.silu(self._embed(x, time, cond))  # (B, 4 * widths[0]); its SiLU is the same in every block
+        x = self.conv_in(x)
+        skips = [x]
+        for level in _levels(self.down_blocks):
+            for j in range(len(level.resnets)):
+                x = self._layer(level, j, x, emb, cond)
+                skips.append(x)
+            for downsample in level.downsamplers:
+                x = downsample(x)
+                skips.append(x)
+        for j in range(len(self.mid_block.resnets)):
+            x = self._layer(self.mid_block, j, x, emb, cond)
+        for level in _levels(self.up_blocks):
+            for j in range(len(level.resnets)):
+                x = self._layer(level, j, torch.cat([x, skips.pop()], dim=1), emb, cond)
+            for upsample in level.upsamplers:
+                x = upsample(x)
+        return self.conv_out(F.silu(self.conv_norm_out(x)))
+
+    def _layer(self, level: Level, j: int, x: Tensor, emb: Tensor, cond: Cond) -> Tensor:
+        x = self.run_block(level.resnets[j], x, emb)
+        if j < len(level.attentions):
+            x = self.run_block(level.attentions[j], x, cond.tokens, cond.bias)
+        return x
+
+    def _embed(self, x: Tensor, time: Tensor, cond: Cond) -> Tensor:
+        flip, shift = self.config["flip_sin_to_cos"], self.config["freq_shift"]
+        waves = timestep_embedding(time, self.conv_in.out_channels, flip_sin_to_cos=flip, freq_shift=shift)
+        emb = self.time_embedding(waves.to(x.dtype))
+        if self.add_embedding is None:
+            return emb
+        wanted = {"pooled": (len(x), self.pooled_width), "size_ids": (len(x), 6)}
+        for name, shape in wanted.items():
+            got = getattr(cond, name)
+            if got is None or got.shape != shape:
+                what = "missing" if got is None else f"shape {tuple(got.shape)}"
+                raise ValueError(f"Cond.{name}: {what}, expected {shape}: this UNet takes SDXL's added conditions")
+        pooled, size_ids = cast("tuple[Tensor, Tensor]", (cond.pooled, cond.size_ids))
+        sizes = timestep_embedding(size_ids.flatten(), self.size_width, flip_sin_to_cos=flip, freq_shift=shift)
+        both = torch.cat([pooled, sizes.view(len(x), -1).to(x.dtype)], dim=-1)
+        return emb + self.add_embedding(both)
+
+    def _check(self, x: Tensor, cond: Cond) -> None:
+        channels, width = self.config["in_channels"], self.config["cross_attention_dim"]
+        if x.shape[1] != channels:
+            raise ValueError(f"x: {x.shape[1]} channels with those of Cond.extra; the UNet takes {channels}")
+        if cond.tokens.ndim != 3 or cond.tokens.shape[0] != len(x) or cond.tokens.shape[2] != width:
+            got, expected = tuple(cond.tokens.shape), f"({len(x)}, L, {width})"
+            raise ValueError(f"Cond.tokens: shape {got}, expected {expected}: one row per picture, text width {width}")
+        factor = 2 ** (len(self.down_blocks) - 1)
+        h, w = x.shape[-2:]
+        if h % factor or w % factor:
+            fit = [max(factor, int(n / factor + 0.5) * factor) for n in (h, w)]
+            raise ValueError(
+                f"latents of {h} x {w}: the UNet halves them {len(self.down_blocks) - 1} times, so both sides must be "
+                f"multiples of {factor}; the nearest that fits is {fit[0]} x {fit[1]}"
+            )
+
+
+def _per_level(name: str, value: int | Sequence[int], levels: int) -> list[int]:
+    values = [value] * levels if isinstance(value, int) else list(value)
+    if len(values) != levels or not all(isinstance(v, int) and v > 0 for v in values):
+        raise ValueError(f"{name}: {value!r}; expected one positive number, or one for each of the {levels} levels")
+    return values
+
+
+def _with_text(name: str, types: Sequence[str], way: str, levels: int) -> list[bool]:
+    known = {f"{way}Block2D": False, f"CrossAttn{way}Block2D": True}
+    if len(types) != levels or not set(types) <= set(known):
+        raise ValueError(f"{name}: {list(types)}; expected {levels} (as in block_out_channels) of {', '.join(known)}")
+    return [known[t] for t in types]
+
+
+def _levels(blocks: nn.ModuleList) -> list[Level]:
+    return cast("list[Level]", [*blocks])
+
+
+def _zero(layer: nn.Linear | nn.Conv2d) -> None:
+    nn.init.zeros_(layer.weight)
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)

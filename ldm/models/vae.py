@@ -1,0 +1,338 @@
+"""The autoencoder between pictures and latents (Rombach et al. 2022, §3.1): a twin of diffusers' ``AutoencoderKL``."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..latents import LatentScale
+from .attention import attention
+from .base import Network
+
+Run = Callable[..., Tensor]  # run(block, x): block(x), or block(x) with its activations recomputed later
+
+
+class Moments(NamedTuple):
+    """The encoder's diagonal Gaussian q(z | x) over raw latents.
+
+    Args:
+        mean, log_var: (B, C, h, w) each.
+    """
+
+    mean: Tensor
+    log_var: Tensor
+
+    def sample(self, eps: Tensor) -> Tensor:
+        """mean + std * eps, raw latents (B, C, h, w) (Kingma & Welling 2014, §2.4)."""
+        return self.mean + torch.exp(0.5 * self.log_var) * eps
+
+    def kl(self) -> Tensor:
+        """KL(q(z | x) || N(0, 1)) of every row, summed over its latents: (B,), in nats."""
+        wide = torch.promote_types(self.mean.dtype, torch.float32)  # a sum over a picture overflows half precision
+        mean, log_var = self.mean.to(wide), self.log_var.to(wide)
+        return 0.5 * (mean.square() + log_var.exp() - 1 - log_var).flatten(1).sum(1)
+
+
+class VAE(Network):
+    """Convolutional encoder and decoder with attention at the lowest resolution.
+
+    Args:
+        in_channels, out_channels: of the picture.
+        block_out_channels: width of each level, from the picture's resolution down; n levels reduce by 2^(n - 1).
+        layers_per_block: residual blocks per level of the encoder; the decoder has one more.
+        latent_channels: C of the latents.
+        norm_num_groups: groups of every group norm; must divide every width.
+        sample_size: resolution it was trained at; a note for pipelines, changes nothing here.
+        scaling_factor, shift_factor: see ``latent_scale``; None is a shift of 0.
+        force_upcast: a note for pipelines: decode in float32.
+        use_quant_conv, use_post_quant_conv: 1x1 convolutions on either side of the latents (SD, SDXL; not SD3, Flux).
+        mid_block_add_attention: attention between the two residual blocks of the lowest level.
+        down_block_types, up_block_types: the twin's; one plain block per level is all there is.
+    Raises:
+        ValueError: widths that the groups do not divide, other block types, no level at all.
+    """
+
+    stock = "AutoencoderKL"
+
+    def __init__(
+        self,
+        in_channels: int = 3,
+        out_channels: int = 3,
+        block_out_channels: Sequence[int] = (64,),
+        layers_per_block: int = 1,
+        latent_channels: int = 4,
+        norm_num_groups: int = 32,
+        sample_size: int | Sequence[int] = 32,
+        scaling_factor: float = 0.18215,
+        shift_factor: float | None = None,
+        force_upcast: bool = True,
+        use_quant_conv: bool = True,
+        use_post_quant_conv: bool = True,
+        mid_block_add_attention: bool = True,
+        down_block_types: Sequence[str] | None = None,
+        up_block_types: Sequence[str] | None = None,
+    ):
+        widths = list(block_out_channels)
+        super().__init__(
+            in_channels=in_channels,
+            out_channels=out_channels,
+            block_out_channels=widths,
+            layers_per_block=layers_per_block,
+            latent_channels=latent_channels,
+            norm_num_groups=norm_num_groups,
+            sample_size=sample_size,
+            scaling_factor=scaling_factor,
+            shift_factor=shift_factor,
+            force_upcast=force_upcast,
+            use_quant_conv=use_quant_conv,
+            use_post_quant_conv=use_post_quant_conv,
+            mid_block_add_attention=mid_block_add_attention,
+            down_block_types=_types("down_block_types", down_block_types, "DownEncoderBlock2D", len(widths)),
+            up_block_types=_types("up_block_types", up_block_types, "UpDecoderBlock2D", len(widths)),
+        )
+        _check_widths(widths, norm_num_groups)
+        shape = widths, layers_per_block, norm_num_groups, mid_block_add_attention
+        self.encoder = Encoder(in_channels, 2 * latent_channels, *shape)
+        self.decoder = Decoder(latent_channels, out_channels, *shape)
+        self.quant_conv = nn.Conv2d(2 * latent_channels, 2 * latent_channels, 1) if use_quant_conv else None
+        self.post_quant_conv = nn.Conv2d(latent_channels, latent_channels, 1) if use_post_quant_conv else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Start for training from scratch: weights that keep the variance (LeCun et al. 1998, N(0, 1 / fan in)),
+        biases 0, and each residual branch ends in zeros, so that the network is at first the plain chain of its
+        shortcuts (Zhang et al. 2019, Fixup)."""
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d | nn.Linear):
+                nn.init.kaiming_normal_(module.weight, nonlinearity="linear")
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        for module in self.modules():
+            if isinstance(module, ResBlock | SelfAttention):
+                for parameter in module.last().parameters():
+                    nn.init.zeros_(parameter)
+
+    @property
+    def factor(self) -> int:
+        """Pixels per latent along a side."""
+        return 2 ** (len(self.config["block_out_channels"]) - 1)
+
+    @property
+    def latent_scale(self) -> LatentScale:
+        """What brings raw latents to zero mean and unit variance."""
+        return LatentScale(self.config["scaling_factor"], self.config["shift_factor"] or 0.0)
+
+    def set_latent_scale(self, scale: LatentScale) -> None:
+        """Store a measured scale, which goes out with the config. The shift is written even where it is 0:
+        stock SD3 cannot decode without the number."""
+        if not (math.isfinite(scale.scale) and scale.scale > 0 and math.isfinite(scale.shift)):
+            raise ValueError(f"latent scale {scale.scale}, shift {scale.shift}: expected finite, scale > 0")
+        self.config.update(scaling_factor=float(scale.scale), shift_factor=float(scale.shift))
+
+    @property
+    def last_layer(self) -> nn.Parameter:
+        """The decoder's last weight, at which a GAN's gradient is weighed (Esser et al. 2021, eq. 7)."""
+        return self.decoder.conv_out.weight  # type: ignore[return-value]
+
+    def encode(self, x: Tensor) -> Moments:
+        """Picture (B, in_channels, H, W) in [-1, 1] -> moments of the raw latents, (B, C, H/factor, W/factor) each.
+
+        Raises:
+            ValueError: ``factor`` does not divide H or W.
+        """
+        f = self.factor
+        if bad := [n for n in x.shape[-2:] if n % f or n == 0]:
+            fits = tuple(max(f, math.floor(n / f + 0.5) * f) for n in x.shape[-2:])
+            raise ValueError(
+                f"picture of {x.shape[-2]} by {x.shape[-1]} pixels (height, width): {bad[0]} is not a multiple of the "
+                f"autoencoder's factor {f}; the nearest size that fits is {fits[0]} by {fits[1]}"
+            )
+        h = self.encoder(x, self.run_block)
+        if self.quant_conv is not None:
+            h = self.quant_conv(h)
+        mean, log_var = h.chunk(2, dim=1)
+        return Moments(mean, log_var.clamp(-30.0, 20.0))
+
+    def decode(self, z: Tensor) -> Tensor:
+        """Raw latents (B, C, h, w) -> picture (B, out_channels, h factor, w factor), about [-1, 1], not clamped."""
+        if self.post_quant_conv is not None:
+            z = self.post_quant_conv(z)
+        return self.decoder(z, self.run_block)
+
+    def forward(self, x: Tensor, eps: Tensor) -> tuple[Tensor, Moments]:
+        """Picture and noise (B, C, h, w) -> its reconstruction (B, out_channels, H, W) and the moments."""
+        moments = self.encode(x)
+        return self.decode(moments.sample(eps)), moments
+
+
+class Encoder(nn.Module):
+    """Picture (B, in_channels, H, W) -> (B, out_channels, H/factor, W/factor)."""
+
+    def __init__(
+        self, in_channels: int, out_channels: int, widths: Sequence[int], layers: int, groups: int, mid_attention: bool
+    ):
+        super().__init__()
+        self.conv_in = nn.Conv2d(in_channels, widths[0], 3, padding=1)
+        before = [widths[0], *widths[:-1]]
+        self.down_blocks = nn.ModuleList(
+            Level(c_in, c_out, layers, groups, down=i < len(widths) - 1)
+            for i, (c_in, c_out) in enumerate(zip(before, widths, strict=True))
+        )
+        self.mid_block = Middle(widths[-1], groups, mid_attention)
+        self.conv_norm_out = nn.GroupNorm(groups, widths[-1], eps=1e-6)
+        self.conv_out = nn.Conv2d(widths[-1], out_channels, 3, padding=1)
+
+    def forward(self, x: Tensor, run: Run) -> Tensor:
+        h = self.conv_in(x)
+        for block in self.down_blocks:
+            h = run(block, h)
+        h = run(self.mid_block, h)
+        return self.conv_out(F.silu(self.conv_norm_out(h)))
+
+
+class Decoder(nn.Module):
+    """Latents (B, in_channels, h, w) -> picture (B, out_channels, h factor, w factor)."""
+
+    def __init__(
+        self, in_channels: int, out_channels: int, widths: Sequence[int], layers: int, groups: int, mid_attention: bool
+    ):
+        super().__init__()
+        widths = list(reversed(widths))
+        self.conv_in = nn.Conv2d(in_channels, widths[0], 3, padding=1)
+        self.mid_block = Middle(widths[0], groups, mid_attention)
+        before = [widths[0], *widths[:-1]]
+        self.up_blocks = nn.ModuleList(
+            Level(c_in, c_out, layers + 1, groups, up=i < len(widths) - 1)
+            for i, (c_in, c_out) in enumerate(zip(before, widths, strict=True))
+        )
+        self.conv_norm_out = nn.GroupNorm(groups, widths[-1], eps=1e-6)
+        self.conv_out = nn.Conv2d(widths[-1], out_channels, 3, padding=1)
+
+    def forward(self, z: Tensor, run: Run) -> Tensor:
+        h = run(self.mid_block, self.conv_in(z))
+        for block in self.up_blocks:
+            h = run(block, h)
+        return self.conv_out(F.silu(self.conv_norm_out(h)))
+
+
+class Level(nn.Module):
+    """The residual blocks of one resolution, then half or twice of it: (B, c_in, H, W) -> (B, c_out, H', W')."""
+
+    def __init__(self, c_in: int, c_out: int, layers: int, groups: int, *, down: bool = False, up: bool = False):
+        super().__init__()
+        self.resnets = nn.ModuleList(ResBlock(c_in if j == 0 else c_out, c_out, groups) for j in range(layers))
+        self.downsamplers = nn.ModuleList([Downsample(c_out)]) if down else None
+        self.upsamplers = nn.ModuleList([Upsample(c_out)]) if up else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in [*self.resnets, *(self.downsamplers or ()), *(self.upsamplers or ())]:
+            x = block(x)
+        return x
+
+
+class Middle(nn.Module):
+    """Residual block, attention if asked for, residual block: (B, C, h, w) -> the same."""
+
+    def __init__(self, channels: int, groups: int, with_attention: bool):
+        super().__init__()
+        self.attentions = nn.ModuleList([SelfAttention(channels, groups)] if with_attention else [])
+        self.resnets = nn.ModuleList(ResBlock(channels, channels, groups) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.resnets[0](x)
+        for block in self.attentions:
+            x = block(x)
+        return self.resnets[1](x)
+
+
+class ResBlock(nn.Module):
+    """x + conv(silu(norm(conv(silu(norm(x)))))), with a 1x1 convolution on x where the width changes."""
+
+    def __init__(self, c_in: int, c_out: int, groups: int):
+        super().__init__()
+        self.norm1 = nn.GroupNorm(groups, c_in, eps=1e-6)
+        self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.norm2 = nn.GroupNorm(groups, c_out, eps=1e-6)
+        self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
+        self.conv_shortcut = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else None
+
+    def last(self) -> nn.Module:
+        return self.conv2
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv2(F.silu(self.norm2(h)))
+        return (x if self.conv_shortcut is None else self.conv_shortcut(x)) + h
+
+
+class SelfAttention(nn.Module):
+    """One head over all positions, added to its input: (B, C, h, w) -> the same."""
+
+    def __init__(self, channels: int, groups: int):
+        super().__init__()
+        self.backend = "auto"
+        self.group_norm = nn.GroupNorm(groups, channels, eps=1e-6)
+        self.to_q = nn.Linear(channels, channels)
+        self.to_k = nn.Linear(channels, channels)
+        self.to_v = nn.Linear(channels, channels)
+        self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
+
+    def last(self) -> nn.Module:
+        return self.to_out[0]
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.group_norm(x).flatten(2).transpose(1, 2)  # (B, hw, C)
+        q, k, v = (f(tokens).unsqueeze(1) for f in (self.to_q, self.to_k, self.to_v))  # (B, 1, hw, C)
+        out = self.to_out[0](attention(q, k, v, backend=self.backend).squeeze(1))  # (B, hw, C)
+        return x + out.transpose(1, 2).reshape(x.shape)
+
+
+class Downsample(nn.Module):
+    """Half the resolution. The border is added at the right and the bottom only, as every stock VAE has it."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.pad(x, (0, 1, 0, 1)))
+
+
+class Upsample(nn.Module):
+    """Twice the resolution, nearest neighbour, then a 3x3 convolution.
+
+    The two are one transposed convolution, whose 4x4 kernel is the 3x3 one added to itself at the four places
+    of a 2x2 square: 4 products per output in place of 9.
+    """
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        w = F.pad(self.conv.weight.flip(2, 3), (1, 1, 1, 1))  # (O, I, 5, 5)
+        w = w[..., 1:, :] + w[..., :-1, :]
+        w = w[..., 1:] + w[..., :-1]  # (O, I, 4, 4)
+        return F.conv_transpose2d(x, w.transpose(0, 1), self.conv.bias, stride=2, padding=1)
+
+
+def _types(name: str, given: Sequence[str] | None, only: str, levels: int) -> list[str]:
+    expected = [only] * levels
+    if given is not None and list(given) != expected:
+        raise ValueError(f"VAE {name}={list(given)!r}: expected {only!r} once for each of the {levels} levels")
+    return expected
+
+
+def _check_widths(widths: Sequence[Any], groups: int) -> None:
+    if not widths:
+        raise ValueError("VAE block_out_channels is empty: give one width per level, for example [32, 64, 64]")
+    if bad := [w for w in widths if w % groups]:
+        raise ValueError(
+            f"VAE block_out_channels={list(widths)}: {bad[0]} is not a multiple of norm_num_groups={groups}; "
+            f"every level's width must be"
+        )

@@ -1,0 +1,165 @@
+"""Text -> start latents -> sampler -> decode: the one body of every pipeline and of the grids shown while training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ldm.cond import Cond
+from ldm.denoiser import Denoised, Denoiser
+from ldm.guidance import classifier_free
+from ldm.models.base import Network
+from ldm.models.text import TextEncoder
+from ldm.models.vae import VAE
+from ldm.sampling import SAMPLERS
+
+from .schedulers import Schedule
+
+Generators = torch.Generator | Sequence[torch.Generator]
+OnStep = Callable[[int, Tensor, Tensor, Denoised], Tensor | None]
+
+
+@dataclass(frozen=True)
+class Parts:
+    """All that it takes to draw: the denoiser network, the autoencoder, the text encoder, and how to sample."""
+
+    net: Network
+    vae: VAE
+    text: TextEncoder
+    schedule: Schedule
+
+    def denoiser(self) -> Denoiser:
+        return Denoiser(self.net, self.schedule.path, self.schedule.prediction, self.schedule.time_input)
+
+    @property
+    def channels(self) -> int:
+        """Latent channels."""
+        return self.vae.config["latent_channels"]
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width in pixels that the network was made for. Raises ValueError where its config has none."""
+        sample = self.net.config.get("sample_size")
+        if sample is None:
+            raise ValueError("the network's config has no sample_size: give height and width")
+        h, w = (sample, sample) if isinstance(sample, int) else sample
+        return h * self.vae.factor, w * self.vae.factor
+
+
+def start_latents(
+    shape: Sequence[int],
+    generator: Generators | None = None,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Standard normal noise (B, C, h, w), drawn where the generator lives, then brought to ``device``.
+
+    Args:
+        generator: one for the whole batch, or a list of one per row, so that a row is the same in any batch.
+    Raises:
+        ValueError: the number of generators is not that of rows.
+    """
+    shape = tuple(shape)
+    if generator is None or isinstance(generator, torch.Generator):
+        where = device if generator is None else generator.device
+        return torch.randn(shape, generator=generator, device=where, dtype=dtype).to(device)
+    if len(generator) != shape[0]:
+        raise ValueError(f"generator: a list of {len(generator)} for {shape[0]} pictures; expected one for each")
+    return torch.cat([start_latents((1, *shape[1:]), g, device=device, dtype=dtype) for g in generator])
+
+
+def latent_shape(parts: Parts, rows: int, height: int | None = None, width: int | None = None) -> tuple[int, ...]:
+    """(rows, C, h, w) for pictures of so many pixels, the network's own size by default.
+
+    Raises:
+        ValueError: the autoencoder's factor does not divide a side.
+    """
+    size = parts.size if height is None or width is None else (height, width)
+    sides = (height or size[0], width or size[1])
+    f = parts.vae.factor
+    for name, side in zip(("height", "width"), sides, strict=True):
+        if side <= 0 or side % f:
+            raise ValueError(f"{name} is {side}, expected a multiple of {f}, the autoencoder's pixels per latent")
+    return rows, parts.channels, sides[0] // f, sides[1] // f
+
+
+@torch.no_grad()
+def sample_latents(
+    parts: Parts,
+    cond: Cond,
+    uncond: Cond | None,
+    noise: Tensor,
+    *,
+    steps: int,
+    guidance_scale: float,
+    rescale: float = 0.0,
+    sampler: str | None = None,
+    generator: Generators | None = None,
+    on_step: OnStep | None = None,
+    **options: Any,
+) -> Tensor:
+    """From noise (B, C, h, w) at t = 1 to normalized latents at t = 0.
+
+    Args:
+        cond, uncond: B rows each, or one for all. ``uncond`` is needed where ``guidance_scale`` is above 1.
+        noise: of unit variance; brought here to the variance that the path has at t = 1.
+        steps: of the sampler; the grid is the schedule's own.
+        rescale: classifier-free guidance's rescaling of the standard deviation, 0 to 1.
+        sampler: a name in ``ldm.sampling.SAMPLERS``; the schedule's own by default.
+        generator: for samplers that add noise.
+        on_step: ``on_step(i, t, x, denoised)``, may return a new x.
+        options: of the sampler (``eta``).
+    Raises:
+        ValueError: no such sampler, fewer than one step, guidance without ``uncond``.
+    """
+    schedule, name = parts.schedule, sampler or parts.schedule.sampler
+    if name not in SAMPLERS:
+        raise ValueError(f"sampler {name!r} is not one of {', '.join(SAMPLERS)}")
+    if steps < 1:
+        raise ValueError(f"num_inference_steps is {steps}, expected 1 or more")
+    denoiser = parts.denoiser()
+    if uncond is None or guidance_scale <= 1:
+        if guidance_scale > 1:
+            raise ValueError(f"guidance_scale {guidance_scale} needs the conditioning to lead away from; give uncond")
+        uncond = cond
+    denoise = classifier_free(denoiser, cond, uncond, guidance_scale, rescale=rescale)
+    end = torch.ones((), dtype=torch.float64)
+    spread = torch.hypot(schedule.path.alpha(end), schedule.path.sigma(end)).item()  # 1 but for exploding variance
+    return SAMPLERS[name](
+        denoise, schedule.path, noise * spread, schedule.times(steps), generator=generator, callback=on_step, **options
+    )
+
+
+@torch.no_grad()
+def decode(vae: VAE, latents: Tensor) -> Tensor:
+    """Normalized latents (B, C, h, w) -> pictures (B, 3, H, W) in [0, 1]."""
+    raw = vae.latent_scale.denormalize(latents).to(vae.dtype)
+    return (vae.decode(raw) / 2 + 0.5).clamp(0, 1)
+
+
+@torch.no_grad()
+def generate(
+    parts: Parts,
+    prompts: Sequence[str],
+    *,
+    steps: int = 20,
+    guidance_scale: float = 5.0,
+    generator: Generators | None = None,
+    noise: Tensor | None = None,
+    height: int | None = None,
+    width: int | None = None,
+    **kw: Any,
+) -> Tensor:
+    """Prompts -> pictures (B, 3, H, W) in [0, 1], one for each; ``kw`` goes to ``sample_latents``."""
+    cond = parts.text.encode(prompts)
+    uncond = parts.text.null() if guidance_scale > 1 else None
+    if noise is None:
+        shape = latent_shape(parts, len(prompts), height, width)
+        noise = start_latents(shape, generator, device=parts.net.device, dtype=parts.net.dtype)
+    kw = dict(steps=steps, guidance_scale=guidance_scale, generator=generator) | kw
+    return decode(parts.vae, sample_latents(parts, cond, uncond, noise, **kw))

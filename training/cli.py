@@ -1,0 +1,255 @@
+"""``ldm``: every command, each importing what it needs only when called."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(
+    name="ldm",
+    help="Train, adapt and run a text-to-image model of your own.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+data_app = typer.Typer(help="Make a data set.", no_args_is_help=True)
+inspect_app = typer.Typer(help="Say what is inside a data set or a pipeline folder.", no_args_is_help=True)
+app.add_typer(data_app, name="data")
+app.add_typer(inspect_app, name="inspect")
+
+Configs = Annotated[
+    list[str], typer.Argument(help="Config files in the order to run, and key=value overrides for all.")
+]
+
+
+def main() -> None:
+    """Run the command line. What the user got wrong is one message and exit code 2, not a traceback."""
+    try:
+        app()
+    except (ValueError, OSError, RuntimeError) as error:
+        if not _is_ours(error):
+            raise
+        print(f"ldm: {error}", file=sys.stderr)
+        raise SystemExit(2) from error
+
+
+def _is_ours(error: BaseException) -> bool:
+    """Errors that this package raises to be read; all others keep their traceback."""
+    return type(error) is ValueError or type(error).__module__.split(".")[0] in ("training", "pipelines", "ldm")
+
+
+@data_app.command()
+def openmoji(
+    out: Annotated[Path, typer.Option(help="Folder to make.")],
+    size: Annotated[int, typer.Option(help="Side of the pictures in pixels.")] = 64,
+    concepts: Annotated[
+        str | None, typer.Option(help="File with a name per line, or names separated by commas.")
+    ] = None,
+) -> None:
+    """Render OpenMoji (about 1,900 captioned pictures) as an imagefolder."""
+    from .openmoji import read_names, render
+
+    chosen = None if concepts is None else read_names(concepts)
+    print(render(out, size, chosen))
+
+
+def _load(configs: list[str]) -> list[Any]:
+    from .config import ConfigError, load
+
+    files = [c for c in configs if "=" not in c]
+    if not files:
+        raise ConfigError("no config file given; `ldm init` lists those that come with the package")
+    overrides = [c for c in configs if "=" in c]
+    return [load(file, overrides) for file in files]
+
+
+@app.command()
+def train(configs: Configs) -> None:
+    """Train the configs in order. What is already made is taken up; a killed run goes on where it was."""
+    from .config import check_together
+    from .run import check_folder, train_all
+
+    loaded = _load(configs)
+    check_together(loaded)
+    for config in loaded:
+        check_folder(config)
+    _logging()
+    train_all(loaded)
+
+
+@app.command()
+def check(configs: Configs) -> None:
+    """Check configs and their data, and tell sizes, memory and time, without training."""
+    from .config import check_together
+    from .run import check_folder
+
+    loaded = _load(configs)
+    check_together(loaded)
+    for config in loaded:
+        check_folder(config)
+    _logging()
+    from .preflight import report
+
+    for i, config in enumerate(loaded):
+        report(config, loaded[:i])
+
+
+@app.command()
+def sample(
+    folder: Annotated[str, typer.Argument(help="Pipeline folder, or a hub name.")],
+    prompt: str,
+    n: Annotated[int, typer.Option("-n", min=1, help="How many pictures.")] = 1,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    steps: Annotated[int, typer.Option(min=1, help="num_inference_steps")] = 20,
+    guidance: Annotated[float, typer.Option(min=0, help="guidance_scale")] = 4.0,
+    negative: Annotated[str | None, typer.Option(help="negative_prompt")] = None,
+    sampler: Annotated[
+        str | None, typer.Option(help="By default the one that the folder's scheduler stands for.")
+    ] = None,
+    out: Annotated[Path, typer.Option("-o", "--out", help="One picture, or a grid of several.")] = Path("out.png"),
+) -> None:
+    """Draw pictures from a prompt."""
+    import torch
+
+    from pipelines.text_to_image import TextToImagePipeline
+
+    from .evaluate.grids import picture_grid, to_pil
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    pipe = TextToImagePipeline.from_pretrained(folder).to(device)
+    pictures = pipe(
+        [prompt] * n,
+        num_inference_steps=steps,
+        guidance_scale=guidance,
+        negative_prompt=negative,
+        sampler=sampler,
+        generator=[torch.Generator().manual_seed(seed + i) for i in range(n)],
+        output_type="pt",
+    ).images
+    out.parent.mkdir(parents=True, exist_ok=True)
+    drawn = to_pil(pictures.cpu())
+    (drawn[0] if n == 1 else picture_grid(drawn, cell=drawn[0].width)).save(out)
+    print(out)
+
+
+@app.command()
+def evaluate(
+    folder: Annotated[Path, typer.Argument(help="Pipeline folder.")],
+    data: Annotated[Path, typer.Option(help="Imagefolder or parquet whose captions are drawn.")],
+    retrieval: Annotated[bool, typer.Option(help="How often the right concept is the nearest, and among 5.")] = True,
+    steps: Annotated[int, typer.Option(min=1, help="num_inference_steps")] = 20,
+    guidance: Annotated[float, typer.Option(min=0, help="guidance_scale")] = 4.0,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    run: Annotated[
+        list[Path] | None, typer.Option(help="Runs to show in the report, in order; repeat the option.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder for samples.png, evaluation.json and report.html.")] = Path(
+        "outputs"
+    ),
+) -> None:
+    """Draw every caption of a data set and have a network that had no part in training judge the pictures."""
+    from rich.progress import Progress
+
+    from .evaluate.report import write_report
+    from .evaluate.retrieval import evaluate_retrieval
+
+    if not retrieval:
+        raise ValueError("evaluate: --retrieval is the one measure there is; leave --no-retrieval out")
+    with Progress(transient=True) as bar:
+        task = bar.add_task("drawing", total=None)
+        found = evaluate_retrieval(
+            folder,
+            data,
+            num_inference_steps=steps,
+            guidance_scale=guidance,
+            seed=seed,
+            out=out,
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
+        )
+    credit = data / "ATTRIBUTION.md"
+    attribution = credit.read_text(encoding="utf-8") if credit.is_file() else None
+    report = write_report(
+        run or [],
+        title=f"{folder}: what it draws",
+        out=out / "report.html",
+        metrics=found,
+        pictures={"Samples": out / "samples.png"},
+        attribution=attribution,
+    )
+    print(f"right concept nearest: {found['top1']:.0%} of {found['prompts']} prompts, among 5: {found['top5']:.0%}")
+    print(f"pictures  {out / 'samples.png'}\npipeline  {folder}\nreport    {report}")
+
+
+@inspect_app.command("data")
+def inspect_data(path: str, image_column: str = "image", caption_column: str = "text", resolution: int = 64) -> None:
+    """Rows, splits and captions of an imagefolder or parquet."""
+    from .data import open_rows
+
+    for split in ("train", "test"):
+        rows = open_rows(
+            path, split=split, image_column=image_column, caption_column=caption_column, resolution=resolution
+        )
+        captions = list(rows.captions)
+        print(f"{split}: {len(rows)} rows, {len(set(captions))} different captions, for example {captions[:3]}")
+
+
+@inspect_app.command("model")
+def inspect_model(folder: str) -> None:
+    """Parts, sizes and schedule of a pipeline folder."""
+    from pipelines.folder import load_parts
+
+    parts = load_parts(folder)
+    for name, module in (("denoiser", parts.net), ("autoencoder", parts.vae), ("text encoder", parts.text)):
+        count = sum(p.numel() for p in module.parameters())
+        print(f"{name}: {type(module).__name__}, {count / 1e6:.2f}M parameters, {next(module.parameters()).dtype}")
+    s = parts.schedule
+    print(
+        f"schedule: {type(s.path).__name__}, {type(s.prediction).__name__}, {s.sampler} on {s.spacing}, shift {s.shift}"
+    )
+    height, width = parts.size
+    print(f"pictures: {width}x{height}, latents of {parts.channels} channels, {parts.vae.latent_scale}")
+
+
+@app.command()
+def init(
+    name: Annotated[
+        str | None, typer.Argument(help="Config to copy, for example openmoji/unet; none lists them.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Where to; by default the config's own name here.")] = None,
+) -> None:
+    """Copy a config out of the installed package."""
+    from .config import ConfigError
+    from .shipped import config_files
+
+    files = config_files()
+    if name is None:
+        print("\n".join(files))
+        return
+    key = name.removesuffix(".yaml")
+    if key not in files:
+        raise ConfigError(f"{name}: not one of {', '.join(files)}")
+    target = out or Path(files[key].name)
+    if target.exists():
+        raise ConfigError(f"{target}: is there already; give another --out")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_bytes(files[key].read_bytes())
+    print(target)
+
+
+def _logging() -> None:
+    import logging
+
+    from rich.console import Console
+    from rich.logging import RichHandler
+
+    handler = RichHandler(console=Console(stderr=True), show_path=False, show_level=False, markup=False)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", datefmt="%H:%M:%S", handlers=[handler], force=True)
+    for name in ("httpx", "httpx2", "datasets", "accelerate"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+
+
+if __name__ == "__main__":
+    main()

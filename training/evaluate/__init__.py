@@ -1,0 +1,1 @@
+"""What a model is worth: pictures, numbers and a report."""

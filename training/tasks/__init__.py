@@ -1,0 +1,1 @@
+"""The tasks: each builds its parts and hands the loop its players."""
