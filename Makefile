@@ -18,7 +18,9 @@ demo: setup ## from nothing to pictures: data, CLIP, autoencoder, denoiser, repo
 	$(BIN)/ldm data openmoji --out $(DEMO)/data/all --size 64
 	$(BIN)/ldm data openmoji --out $(DEMO)/data/concepts --size 64 --concepts configs/openmoji/concepts.txt
 	$(BIN)/ldm train configs/openmoji/clip.yaml configs/openmoji/vae.yaml configs/openmoji/unet.yaml
-	$(BIN)/ldm evaluate $(DEMO)/pipeline --data $(DEMO)/data/concepts --retrieval --out $(DEMO)/report
+	@ln -sfn unet/pipeline $(DEMO)/pipeline
+	$(BIN)/ldm evaluate $(DEMO)/pipeline --data $(DEMO)/data/concepts --retrieval --out $(DEMO) \
+		--run $(DEMO)/clip --run $(DEMO)/vae --run $(DEMO)/unet
 
 test: lint ## lint, types and the tests
 	$(PYTEST)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -34,7 +34,7 @@ class Cond:
     def map(self, f: Callable[[Tensor], Tensor]) -> Cond:
         """Apply ``f`` to every tensor that is there."""
         given = {x.name: getattr(self, x.name) for x in fields(self)}
-        return Cond(**{name: None if value is None else f(value) for name, value in given.items()})
+        return replace(self, **{name: f(value) for name, value in given.items() if value is not None})
 
     def to(self, *args, **kwargs) -> Cond:
         return self.map(lambda x: x.to(*args, **kwargs))

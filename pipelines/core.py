@@ -122,11 +122,13 @@ def sample_latents(
         raise ValueError(f"sampler {name!r} is not one of {', '.join(SAMPLERS)}")
     if steps < 1:
         raise ValueError(f"num_inference_steps is {steps}, expected 1 or more")
-    denoiser = parts.denoiser()
+    denoiser, net = parts.denoiser(), parts.net
+    cond = cond.to(net.device, net.dtype)
     if uncond is None or guidance_scale <= 1:
         if guidance_scale > 1:
             raise ValueError(f"guidance_scale {guidance_scale} needs the conditioning to lead away from; give uncond")
         uncond = cond
+    uncond = uncond.to(net.device, net.dtype)
     denoise = classifier_free(denoiser, cond, uncond, guidance_scale, rescale=rescale)
     end = torch.ones((), dtype=torch.float64)
     spread = torch.hypot(schedule.path.alpha(end), schedule.path.sigma(end)).item()  # 1 but for exploding variance
@@ -138,7 +140,7 @@ def sample_latents(
 @torch.no_grad()
 def decode(vae: VAE, latents: Tensor) -> Tensor:
     """Normalized latents (B, C, h, w) -> pictures (B, 3, H, W) in [0, 1]."""
-    raw = vae.latent_scale.denormalize(latents).to(vae.dtype)
+    raw = vae.latent_scale.denormalize(latents).to(vae.device, vae.dtype)
     return (vae.decode(raw) / 2 + 0.5).clamp(0, 1)
 
 

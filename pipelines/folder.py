@@ -176,9 +176,10 @@ def _compare(folder: Path, parts: Parts) -> None:
         time = torch.tensor([3.0, 700.0], device=net.device)
         stock_net = getattr(again, form.net_name)
         output = stock_net(x, timestep=time, encoder_hidden_states=tokens.to(net.dtype), **pooled).sample
-        _close(folder, form.net_name, net(x, time, cond.to(net.dtype)), output)
+        _close(folder, form.net_name, net(x, time, cond.to(net.device, net.dtype)), output)
         picture = _waves(1, vae.config["in_channels"], 4 * vae.factor).to(vae.device, vae.dtype)
         z = vae.encode(picture).mean
+        again.vae.to(vae.device)
         _close(folder, "vae encoder", z, again.vae.encode(picture).latent_dist.mean)
         _close(folder, "vae decoder", vae.decode(z), again.vae.decode(z).sample)
 

@@ -67,7 +67,8 @@ def to_stock_pipeline(parts: Parts) -> DiffusionPipeline:
 
 def empty_encoders(text: TextEncoder) -> tuple[CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderModel]:
     """Second CLIP, third tokenizer and T5 for stock SD3, which answer with zeros whatever the prompt."""
-    end = text.tokenizer.eos_token_id
+    names = ("bos_token_id", "eos_token_id", "pad_token_id")
+    ids: dict[str, Any] = {name: getattr(text.tokenizer, name) for name in names}
     clip = CLIPTextModelWithProjection(
         CLIPTextConfig(
             vocab_size=len(text.tokenizer),
@@ -77,15 +78,14 @@ def empty_encoders(text: TextEncoder) -> tuple[CLIPTextModelWithProjection, CLIP
             num_attention_heads=1,
             max_position_embeddings=text.max_length,
             projection_dim=SECOND_WIDTH,
-            bos_token_id=text.tokenizer.bos_token_id,
-            eos_token_id=end,
-            pad_token_id=end,
+            **ids,
         )
     )
     t5 = T5EncoderModel(
         T5Config(vocab_size=8, d_model=text.width, d_kv=1, d_ff=1, num_layers=1, num_heads=1, dropout_rate=0.0)
     )
-    for model in (clip, t5):
+    models: list[nn.Module] = [clip, t5]
+    for model in models:
         for p in model.parameters():
             nn.init.zeros_(p)
         model.to(device=text.device, dtype=text.dtype).eval()

@@ -65,7 +65,7 @@ class TextToImagePipeline(DiffusionPipeline):
         folder, name = Path(source).expanduser(), str(source)
         if not folder.exists() and name.count("/") == 1 and not name.startswith((".", "~", "/")):
             try:
-                folder = Path(cls.download(name, use_safetensors=True, **hub))
+                folder = Path(DiffusionPipeline.download(name, use_safetensors=True, **hub))
             except (OSError, ValueError) as error:
                 raise ValueError(f"{name}: no such folder, and not opened as a name on the hub ({error})") from error
         return cls.from_parts(load_parts(folder, dtype))
@@ -195,7 +195,8 @@ class TextToImagePipeline(DiffusionPipeline):
         elif latents.ndim != 4 or latents.shape[:2] != (len(cond), parts.channels):
             raise ValueError(f"latents: {tuple(latents.shape)}, expected ({len(cond)}, {parts.channels}, h, w)")
 
-        with self.progress_bar(total=steps) as bar:
+        progress_bar: Any = self.progress_bar
+        with progress_bar(total=steps) as bar:
 
             def on_step(i: int, t: Tensor, x: Tensor, denoised: Denoised) -> Tensor | None:
                 bar.update()

@@ -15,12 +15,17 @@ import pytest
 import torch
 from PIL import Image
 
+from ldm.paths import RectifiedFlow
+from ldm.prediction import Flow
+from pipelines.folder import export
+from pipelines.text_to_image import TextToImagePipeline
+from tests import tiny
 from training.evaluate import features as features_module
 from training.evaluate.features import MobileNetV2, extract, load_features, to_unit
 from training.evaluate.grids import pairs_grid, picture_grid, to_pil
 from training.evaluate.metrics import ClipScore, clip_score, cosine_score, psnr, retrieval, ssim
 from training.evaluate.report import _smooth, read_log, write_report
-from training.evaluate.retrieval import judge, pipeline_resolution
+from training.evaluate.retrieval import evaluate_retrieval, judge
 
 # ---------------------------------------------------------------- the judge
 
@@ -33,7 +38,9 @@ def ramps() -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def net() -> MobileNetV2:
-    return load_features("mobilenetv2")
+    judge = load_features("mobilenetv2")
+    assert isinstance(judge, MobileNetV2)
+    return judge
 
 
 def test_features_equal_those_of_the_package_own_class(net):
@@ -362,13 +369,74 @@ def test_judge_over_a_data_set():
     assert empty.blank == 20 and empty.retrieval.top1 <= 1 / 20
 
 
-def test_pipeline_resolution(tmp_path):
-    with pytest.raises(ValueError, match="expected a pipeline folder"):
-        pipeline_resolution(tmp_path)
-    for name, config in (("unet", {"sample_size": 16}), ("vae", {"block_out_channels": [8, 8, 8]})):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "config.json").write_text(json.dumps(config))
-    assert pipeline_resolution(tmp_path) == 64
+@pytest.fixture(scope="module")
+def tiny_run(tmp_path_factory) -> tuple[Path, Path]:
+    """A pipeline folder with random weights, and an imagefolder of 12 pictures of 10 captions."""
+    place = tmp_path_factory.mktemp("retrieval")
+    folder = export(
+        place / "pipeline", net=tiny.unet(), vae=tiny.vae(), text=tiny.text(), path=RectifiedFlow(), prediction=Flow(),
+        shift=1.0,
+    )  # fmt: skip
+    data = place / "data" / "train"
+    data.mkdir(parents=True)
+    g = torch.Generator().manual_seed(0)
+    rows = []
+    for i, picture in enumerate(to_pil(torch.rand(12, 3, 16, 16, generator=g))):
+        picture.save(data / f"{i:02}.png")
+        rows.append(json.dumps({"file_name": f"{i:02}.png", "text": tiny.CAPTIONS[i % 10]}) + "\n")
+    (data / "metadata.jsonl").write_text("".join(rows))
+    (place / "data" / "test").mkdir()
+    to_pil(torch.rand(1, 3, 16, 16, generator=g))[0].save(place / "data" / "test" / "one.png")
+    line = json.dumps({"file_name": "one.png", "text": "a red car"})
+    (place / "data" / "test" / "metadata.jsonl").write_text(line + "\n")
+    return Path(folder), place / "data"
+
+
+def test_evaluate_retrieval_draws_every_prompt(tiny_run, tmp_path):
+    folder, data = tiny_run
+    options: dict = {"num_inference_steps": 2, "guidance_scale": 2.0, "seed": 5}
+    found = evaluate_retrieval(folder, data, **options, batch_size=4, out=tmp_path / "a" / "b")
+    assert found["prompts"] == 10 and found["chance_top1"] == 0.1 and found["judge"] == "mobilenetv2"
+    low, high = found["top1_interval"]
+    assert 0 <= low <= found["top1"] <= high <= 1 and found["top1"] <= found["top5"]
+    saved = json.loads((tmp_path / "a" / "b" / "evaluation.json").read_text(encoding="utf-8"))
+    ranks = saved.pop("ranks")
+    assert saved == found
+    assert list(ranks) == tiny.CAPTIONS[:10] and all(1 <= r <= 10 for (r,) in ranks.values())
+    assert sum(r == 1 for (r,) in ranks.values()) == round(10 * found["top1"])
+    assert sorted(p.name for p in (tmp_path / "a" / "b").iterdir()) == [
+        "evaluation.json",
+        "samples.png",
+        "samples_unlabelled.png",
+    ]
+    # the third cell of the unlabelled grid is what the pipeline draws of the third prompt by itself, with seed 5 + 2
+    pipeline = TextToImagePipeline.from_pretrained(folder)
+    pipeline.set_progress_bar_config(disable=True)
+    g = torch.Generator().manual_seed(7)
+    alone = pipeline(tiny.CAPTIONS[2], num_inference_steps=2, guidance_scale=2.0, generator=g, output_type="pt").images
+    with Image.open(tmp_path / "a" / "b" / "samples_unlabelled.png") as sheet:
+        cell = sheet.crop((8 + 2 * 136, 8, 8 + 2 * 136 + 128, 8 + 128))
+    expected = to_pil(alone)[0].resize((128, 128), Image.Resampling.BICUBIC)
+    difference = [abs(p - q) for p, q in zip(cell.tobytes(), expected.tobytes(), strict=True)]
+    assert max(difference) <= 2  # a float32 batch of 4 against one of 1 may round another way, bicubic adds one
+    assert max(max(band) - min(band) for band in expected.getextrema()) > 20  # not a flat picture
+    # the batch size changes nothing but rounding
+    again = evaluate_retrieval(folder, data, **options, batch_size=3, out=tmp_path / "c")
+    assert again["median_rank"] == pytest.approx(found["median_rank"], abs=1)
+
+
+def test_evaluate_retrieval_refuses_before_it_draws(tiny_run, tmp_path):
+    folder, data = tiny_run
+    options: dict = {"num_inference_steps": 2, "guidance_scale": 2.0, "seed": 5, "out": tmp_path / "out"}
+    with pytest.raises(ValueError, match="nowhere"):
+        evaluate_retrieval(tmp_path / "nowhere", data, **options)
+    with pytest.raises(ValueError, match="nowhere"):
+        evaluate_retrieval(folder, tmp_path / "nowhere", **options)
+    with pytest.raises(ValueError, match="title"):
+        evaluate_retrieval(folder, data, caption_column="title", **options)
+    with pytest.raises(ValueError, match="'vgg' is not known"):
+        evaluate_retrieval(folder, data, features="vgg", **options)
+    assert not (tmp_path / "out").exists()
 
 
 # ---------------------------------------------------------------- the report
@@ -444,6 +512,8 @@ def test_report_of_several_runs(tmp_path):
     picture_grid(torch.rand(4, 3, 16, 16)).save(tmp_path / "samples.png")
     with pytest.raises(ValueError, match="3 runs need `out`"):
         write_report(runs, title="demo")
+    with pytest.raises(ValueError, match="0 runs need `out`"):
+        write_report([], title="demo")
     pictures = {"16 prompts": tmp_path / "samples.png"}
     path = write_report(runs, title="demo", out=tmp_path / "report.html", pictures=pictures)
     page = Page(path.read_text(encoding="utf-8"))

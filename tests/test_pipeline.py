@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ldm.paths import CosineVP, DiscreteVP, RectifiedFlow
-from ldm.prediction import Eps, Flow, V
+from ldm.prediction import Flow, V
 from ldm.sampling import SAMPLERS
 from pipelines.core import Parts, generate, start_latents
 from pipelines.folder import export, load_parts, save_parts
@@ -28,7 +28,7 @@ from pipelines.schedulers import default_schedule
 from pipelines.text_to_image import TextToImagePipeline
 from tests import tiny
 
-FORMS = ["unet", "mmdit", "unet_v", "unet_eps"]
+FORMS = ["unet", "mmdit", "unet_v"]
 PROMPTS, NEGATIVE = ["a red apple", "grinning face", "a zebra in a fire engine and much more than fits"], "green"
 CALL = dict(num_inference_steps=20, guidance_scale=3.0)
 PICTURE = (4, 8, 8)  # latents of one picture
@@ -63,10 +63,9 @@ assert not {"ldm", "pipelines", "training"} & set(sys.modules)
 
 def parts(form: str, **kw) -> Parts:
     family = "sd3" if form == "mmdit" else "sd"
-    path, prediction = {
-        "unet_v": (DiscreteVP(schedule="scaled_linear", beta_start=0.00085, beta_end=0.012), V()),
-        "unet_eps": (DiscreteVP(schedule="scaled_linear", beta_start=0.00085, beta_end=0.012), Eps()),
-    }.get(form, (RectifiedFlow(), Flow()))
+    path, prediction = RectifiedFlow(), Flow()
+    if form == "unet_v":
+        path, prediction = DiscreteVP(schedule="scaled_linear", beta_start=0.00085, beta_end=0.012), V()
     shift = {"unet": 2.0, "mmdit": 3.0}.get(form, 1.0)
     schedule = default_schedule(path, prediction, family, shift)
     net = tiny.mmdit() if form == "mmdit" else tiny.unet()
@@ -532,11 +531,11 @@ def test_sd3_with_more_encoders_than_one_is_refused(folders, tmp_path, part):
 def test_a_scheduler_without_a_counterpart_still_tells_how_the_network_was_trained(folders, tmp_path, caplog):
     from diffusers import PNDMScheduler
 
-    folder = copied(folders["unet_eps"].folder, tmp_path)
+    folder = copied(folders["unet_v"].folder, tmp_path)
     scheduler = StableDiffusionPipeline.from_pretrained(folder).scheduler
     PNDMScheduler.from_config(scheduler.config, skip_prk_steps=True).save_pretrained(folder / "scheduler")
     edit(INDEX, scheduler=["diffusers", "PNDMScheduler"])(folder)
-    assert load_parts(folder).schedule == folders["unet_eps"].parts.schedule
+    assert load_parts(folder).schedule == folders["unet_v"].parts.schedule
     assert "PNDMScheduler" in caplog.text and "ddim" in caplog.text
 
 

@@ -252,11 +252,11 @@ def test_flow_grids_are_the_stock_ones(shift: float) -> None:
     for n in COUNTS:
         euler.set_timesteps(n)
         times = time_grid(RectifiedFlow(), n, shift=shift, spacing="flow_match")
-        # one digit of float32: numpy's linspace keeps 1000 times what ours does
-        torch.testing.assert_close(times, torch.as_tensor(euler.sigmas).double(), rtol=0, atol=6e-8)
+        assert torch.equal(times.float(), torch.as_tensor(euler.sigmas))
+        assert torch.equal(TimeInput(1000)(times[:-1]).float(), euler.timesteps)
         dpm.set_timesteps(n)
         times = time_grid(RectifiedFlow(), n, shift=shift, spacing="flow_sigmas")
-        torch.testing.assert_close(times, torch.as_tensor(dpm.sigmas).double(), rtol=0, atol=6e-8)
+        assert torch.equal(times.float(), torch.as_tensor(dpm.sigmas))
         assert torch.equal(TimeInput(1000, floor=True)(times[:-1]).long(), dpm.timesteps)  # integers: no tolerance
 
 

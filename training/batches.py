@@ -22,8 +22,8 @@ class Stream:
 
 
 class Pictures(Protocol):
-    captions: Sequence[str]
-
+    @property
+    def captions(self) -> Sequence[str]: ...
     def __len__(self) -> int: ...
     def pictures(self, indices: Sequence[int]) -> Tensor: ...  # uint8 (B, 3, H, W)
 

@@ -16,6 +16,7 @@ from numpy.lib.format import open_memmap
 from rich.progress import track
 from torch import nn
 
+from ldm.cond import Cond
 from ldm.models.text import TextEncoder
 from ldm.models.vae import VAE
 
@@ -88,9 +89,10 @@ def _encode_captions(folder: Path, captions: Iterable[str], text: TextEncoder, b
     if cut:
         log.warning("%d captions have more than %d tokens; their ends are cut", cut, text.max_length)
     parts = [text.encode(distinct[i : i + batch]) for i in range(0, len(distinct), batch)]
-    np.save(folder / "tokens.npy", torch.cat([p.tokens for p in parts]).float().cpu().numpy())
     np.save(folder / "caption.npy", np.array([number[c] for c in captions]))
-    if parts[0].pooled is not None:
-        np.save(folder / "pooled.npy", torch.cat([p.pooled for p in parts]).float().cpu().numpy())
-    if parts[0].bias is not None:
-        np.save(folder / "bias.npy", parts[0].bias[0].float().cpu().numpy())
+    together = Cond.cat(parts)
+    np.save(folder / "tokens.npy", together.tokens.float().cpu().numpy())
+    if together.pooled is not None:
+        np.save(folder / "pooled.npy", together.pooled.float().cpu().numpy())
+    if together.bias is not None:  # the same for every caption
+        np.save(folder / "bias.npy", together.bias[0].float().cpu().numpy())

@@ -26,7 +26,11 @@ def file_hash(file: Path) -> str:
 
 
 def replace_folder(partial: Path, final: Path) -> None:
-    """Put a folder that is complete in the place of ``final``; at no moment is ``final`` half written."""
+    """Put a folder that is complete in the place of ``final``; at no moment is ``final`` half written.
+
+    Raises:
+        OSError: it cannot be put there; ``final`` is as it was.
+    """
     for file in partial.rglob("*"):
         if file.is_file():
             with file.open("rb") as handle:
@@ -35,7 +39,12 @@ def replace_folder(partial: Path, final: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
     if final.exists():
         final.rename(old)
-    partial.rename(final)
+    try:
+        partial.rename(final)
+    except OSError:
+        if old.exists():
+            old.rename(final)
+        raise
     shutil.rmtree(old, ignore_errors=True)
 
 
@@ -50,7 +59,8 @@ def save(root: Path, images: int, tensors: dict[str, dict[str, Tensor]], state: 
     """
     final = root / f"images_{images:09d}"
     partial = root / (final.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    for left in root.glob("images_*.*"):  # by a run that was killed
+        shutil.rmtree(left, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
         for name, flat in tensors.items():
@@ -63,7 +73,7 @@ def save(root: Path, images: int, tensors: dict[str, dict[str, Tensor]], state: 
         shutil.rmtree(partial, ignore_errors=True)
         raise
     for old in listed(root)[:-keep_last]:
-        shutil.rmtree(old)
+        shutil.rmtree(old.rename(old.with_name(old.name + ".old")))  # renamed: no longer listed while it goes
     return final
 
 
@@ -80,12 +90,15 @@ def load(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
     Raises:
         CheckpointError: a file is missing or its bytes have changed; the previous checkpoint is named.
     """
-    hashes: dict[str, str] = json.loads((folder / MANIFEST).read_text())
+    earlier = [p for p in listed(folder.parent) if p < folder]
+    way_out = f"delete the folder to go on from {earlier[-1]}" if earlier else "delete the folder to start anew"
+    try:
+        hashes: dict[str, str] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{folder / MANIFEST}: damaged ({error}); {way_out}") from error
     for name, expected in hashes.items():
         file = folder / name
         if not file.is_file() or file_hash(file) != expected:
-            earlier = [p for p in listed(folder.parent) if p < folder]
-            way_out = f"delete the folder to go on from {earlier[-1]}" if earlier else "delete the folder to start anew"
             raise CheckpointError(f"{file}: missing or damaged (hash differs from {MANIFEST}); {way_out}")
     tensors = {Path(name).stem: load_file(folder / name) for name in hashes if name.endswith(".safetensors")}
     return tensors, json.loads((folder / "state.json").read_text())

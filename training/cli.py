@@ -37,8 +37,13 @@ def main() -> None:
 
 
 def _is_ours(error: BaseException) -> bool:
-    """Errors that this package raises to be read; all others keep their traceback."""
-    return type(error) is ValueError or type(error).__module__.split(".")[0] in ("training", "pipelines", "ldm")
+    """Raised by a line of this package, to be read; what comes from deeper down keeps its traceback."""
+    tb = error.__traceback__
+    while tb is not None and tb.tb_next is not None:
+        tb = tb.tb_next
+    root = Path(__file__).resolve().parent.parent
+    file = Path(tb.tb_frame.f_code.co_filename).resolve() if tb else root
+    return any(file.is_relative_to(root / name) for name in ("ldm", "pipelines", "training"))
 
 
 @data_app.command()
@@ -120,7 +125,7 @@ def sample(
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     pipe = TextToImagePipeline.from_pretrained(folder).to(device)
-    pictures = pipe(
+    (pictures,) = pipe(
         [prompt] * n,
         num_inference_steps=steps,
         guidance_scale=guidance,
@@ -128,9 +133,10 @@ def sample(
         sampler=sampler,
         generator=[torch.Generator().manual_seed(seed + i) for i in range(n)],
         output_type="pt",
-    ).images
+        return_dict=False,
+    )
     out.parent.mkdir(parents=True, exist_ok=True)
-    drawn = to_pil(pictures.cpu())
+    drawn = to_pil(torch.as_tensor(pictures).cpu())
     (drawn[0] if n == 1 else picture_grid(drawn, cell=drawn[0].width)).save(out)
     print(out)
 

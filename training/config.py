@@ -19,7 +19,7 @@ class ConfigError(ValueError):
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
 
 
 Positive = Annotated[int, Field(gt=0)]
@@ -211,14 +211,26 @@ _TASKS = {"autoencoder": AutoencoderConfig, "clip": ClipConfig, "diffusion": Dif
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.2's floats: 1e-4 is a number."""
+    """YAML 1.2's floats and booleans: 1e-4 is a number, `no` a word."""
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d[\d_]*(\.[\d_]*)?([eE][-+]?\d+)|\d[\d_]*\.[\d_]*|\.\d[\d_]*([eE][-+]?\d+)?|\.inf|\.nan)$"),
-    list("-+0123456789."),
-)
+class _Dumper(yaml.SafeDumper):
+    """Quotes the words that ``_Loader`` would take for numbers."""
+
+
+_BOOL = "tag:yaml.org,2002:bool"
+_Loader.yaml_implicit_resolvers = {
+    first: [x for x in resolvers if x[0] != _BOOL] for first, resolvers in _Loader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(_BOOL, re.compile(r"^(true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
+for _class in (_Loader, _Dumper):
+    _class.add_implicit_resolver(
+        "tag:yaml.org,2002:float",
+        re.compile(
+            r"^[-+]?(\d[\d_]*(\.[\d_]*)?([eE][-+]?\d+)|\d[\d_]*\.[\d_]*|\.\d[\d_]*([eE][-+]?\d+)?|\.inf|\.nan)$"
+        ),
+        list("-+0123456789."),
+    )
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -244,7 +256,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 def parse(raw: Mapping[str, Any], where: str) -> Config:
     """Check a plain dictionary; ``where`` is named in the messages."""
-    if raw.get("task") not in _TASKS:
+    if not isinstance(raw.get("task"), str) or raw["task"] not in _TASKS:
         hint = _did_you_mean(str(raw.get("task")), _TASKS)
         raise ConfigError(f"{where}: task: {raw.get('task')!r} is not one of {', '.join(_TASKS)}{hint}")
     try:
@@ -260,7 +272,7 @@ def parse(raw: Mapping[str, Any], where: str) -> Config:
 
 def dump(config: Config) -> str:
     """The whole config as YAML, defaults written out: this text alone repeats the run."""
-    return yaml.safe_dump(json.loads(config.model_dump_json()), sort_keys=False, allow_unicode=True)
+    return yaml.dump(json.loads(config.model_dump_json()), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
 def _override(raw: dict[str, Any], text: str) -> None:
@@ -280,7 +292,8 @@ def _override(raw: dict[str, Any], text: str) -> None:
 
 def _explain(error: Any, root: type[BaseModel]) -> str:
     loc = [str(x) for x in error["loc"][1:]]  # the first is the task's tag
-    names = [x for x in loc if x not in ("unet", "mmdit")]
+    tagged = root is DiffusionConfig and loc[0] == "model"
+    names = loc[:1] + loc[2:] if tagged else loc  # without the model's name
     key = ".".join(names)
     if error["type"] == "extra_forbidden":
         return f"unknown key `{key}`{_did_you_mean(names[-1], _fields_at(root, loc[:-1]))}"
@@ -429,7 +442,20 @@ def part(name: str, kind: type[Run], made: Mapping[Path, Config], key: str) -> A
         return earlier
     for file in (folder / "pipeline" / "config.json", folder / "config.json"):
         if file.is_file():
-            return json.loads(file.read_text())
-    if folder.exists() or name.startswith((".", "/")) or (folder.parent != Path(".") and folder.parent.is_dir()):
+            return _stock_config(file, kind, key)
+    local = name.startswith((".", "/")) or name.count("/") > 1  # a hub name is owner/name
+    if local or folder.exists() or (folder.parent != Path(".") and folder.parent.is_dir()):
         raise ConfigError(f"{key}: {name} holds no finished model (no config.json), and no earlier config makes it")
     return None
+
+
+def _stock_config(file: Path, kind: type[Run], key: str) -> dict[str, Any]:
+    """A config.json as diffusers or transformers write it, of the kind of model that ``kind`` makes."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"{key}: {file} is not valid JSON: {error}") from error
+    name = str(found.get("_class_name") or found.get("model_type"))
+    if not name.startswith("AutoencoderKL" if kind is AutoencoderConfig else "clip"):
+        raise ConfigError(f"{key}: {file} is of another kind of model ({name}) than is needed here")
+    return found

@@ -6,18 +6,16 @@ more than a small share of them refuses the data set. Nothing of the user's is w
 
 from __future__ import annotations
 
-import glob
 import hashlib
 import logging
 import os
-import re
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from PIL import Image
@@ -25,20 +23,11 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from .pictures import decode, header, one_line
+from .sources import DataError, Split, check_columns, in_split, pick, pictures_in, read, tables
 
 log = logging.getLogger(__name__)
 
-HUB = "hub:"
 IN_MEMORY = 2**30  # bytes; a smaller source is held decoded
-_SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "test", "eval": "test"}
-_SPLITS |= dict.fromkeys(("validation", "valid", "val", "dev"), "validation")
-_HELD_OUT_NAMES = ("test", "validation")
-
-Split = Literal["train", "test"]
-
-
-class DataError(ValueError):
-    """A data set that cannot be used; the message names the file, column or row, and what to do."""
 
 
 @dataclass(frozen=True)
@@ -155,18 +144,26 @@ def open_rows(
     if split not in ("train", "test"):
         raise DataError(f"split: expected 'train' or 'test', got {split!r}")
     source = str(path)
-    tables = _tables(source, in_memory)
-    table, alone = _pick(tables, split, source)
-    _check_columns(table.features, image_column, caption_column, source)
-    values, texts = _read(table, image_column, caption_column, source)
-    if not len(values):
-        raise DataError(f"{source}: the data set has no rows")
+    parts = tables(source, in_memory)
+    part, alone = pick(parts, split, source)
+    table = parts[part]
+    check_columns(table.features, image_column, caption_column, source)
+    values, texts = read(table, image_column, caption_column, source)
+    root = str(Path(source).expanduser().resolve())
+    paths = [value["path"] if _is_file(value) else None for value in values]
+    here = in_split(root, paths, part)
+    if not here:
+        raise DataError(f"{source}: the data set has no rows in its split {part!r}")
+    texts = [""] * len(values) if texts is None else texts
+    if len(here) < len(values):
+        values, texts, paths = _Chosen(values, here), _Chosen(texts, here), [paths[i] for i in here]
+    if caption_column is not None:
+        _warn_of_unnamed([path for path in paths if path])
 
-    names = [_name(source, value, i) for i, value in enumerate(values)]
+    names = [path or f"{source}, row {i}" for i, path in enumerate(paths)]
     chosen: Sequence[int] = range(len(values))
     if alone:
-        chosen = _held_out(_keys(source, values), held_out, split, source)
-    texts = [""] * len(values) if texts is None else texts
+        chosen = _held_out(_keys(root, paths, values), held_out, split, source)
     skipped: dict[int, str] = {}
     for i in chosen if caption_column is not None else ():
         if not isinstance(texts[i], str) or not texts[i].strip():
@@ -236,105 +233,6 @@ def check_rows(rows: Rows, limit: int = 1000) -> dict[str, Any]:
     }
 
 
-# ---- through `datasets`
-
-
-def _tables(source: str, in_memory: int) -> dict[str, Any]:
-    """Splits by name. Streamed where that costs nothing, so that no copy of the data is written into a cache."""
-    if source.startswith(HUB):
-        return _loaded(source, source.removeprefix(HUB))
-    root = Path(source).expanduser()
-    if not root.exists():
-        raise DataError(f"{source}: no such folder or file (a data set of the hub is written {HUB}owner/name)")
-    parquet = [root] if root.is_file() else sorted(root.rglob("*.parquet"))
-    parquet = [x for x in parquet if x.name != "metadata.parquet" and not _hidden(x, root)]
-    if root.is_file() and root.suffix != ".parquet":
-        raise DataError(f"{source}: expected a folder or a .parquet file")
-    if parquet:
-        parts: dict[str, list[str]] = {}
-        for file in parquet:
-            parts.setdefault(_split_of(file, root) or "", []).append(glob.escape(str(file.resolve())))
-        if len(parts) > 1 and "" in parts:
-            raise DataError(f"{parts[''][0]}: belongs to no split, but other files here do ({', '.join(parts)})")
-        files = {name or "train": part for name, part in parts.items()}
-        # A small file is read in one go; a large one is converted to Arrow once, in datasets' cache, and mapped.
-        small = sum(x.stat().st_size for x in parquet) <= in_memory
-        return _loaded(source, "parquet", data_files=files, streaming=small)
-    escaped = glob.escape(str(root.resolve()))
-    folders = {x.name: _SPLITS[x.name.lower()] for x in sorted(root.iterdir()) if x.is_dir() and _is_split(x.name)}
-    patterns: dict[str, list[str]] = {}
-    for folder, name in folders.items():
-        patterns.setdefault(name, []).append(f"{escaped}/{glob.escape(folder)}/**")
-    if not _holds_pictures(root):
-        raise DataError(f"{source}: the data set is empty: no picture and no parquet file in this folder")
-    return _loaded(source, "imagefolder", data_files=patterns or {"train": [f"{escaped}/**"]}, streaming=True)
-
-
-def _loaded(source: str, builder: str, **options: Any) -> dict[str, Any]:
-    import datasets
-
-    shown = datasets.is_progress_bar_enabled()
-    datasets.disable_progress_bars()
-    try:
-        return dict(datasets.load_dataset(builder, **options))
-    except Exception as error:  # every builder raises its own kinds
-        what = "could not be had from the hub" if source.startswith(HUB) else "could not be opened"
-        raise DataError(f"{source}: {what}: {one_line(error)}") from error
-    finally:
-        if shown:
-            datasets.enable_progress_bars()
-
-
-def _pick(tables: dict[str, Any], split: Split, source: str) -> tuple[Any, bool]:
-    """The table of a split, and whether it is the only one, which is then to be parted."""
-    if len(tables) == 1:
-        return next(iter(tables.values())), True
-    for name in ("train",) if split == "train" else _HELD_OUT_NAMES:
-        if name in tables:
-            return tables[name], False
-    raise DataError(f"{source}: no split for {split!r} among {', '.join(tables)}")
-
-
-def _check_columns(features: Any, image_column: str, caption_column: str | None, source: str) -> None:
-    from datasets import Image as ImageFeature
-    from datasets import Value
-
-    columns = dict(features or {})
-    there = ", ".join(f"{name} ({_kind(feature)})" for name, feature in columns.items()) or "none"
-    for key, column in (("image_column", image_column), ("caption_column", caption_column)):
-        if column is not None and column not in columns:
-            hint = "; captions of an imagefolder stand in its metadata.jsonl" if key == "caption_column" else ""
-            raise DataError(f"{source}: no column {column!r} ({key}); there are: {there}{hint}")
-    feature = columns[image_column]
-    binary = isinstance(feature, Value) and "binary" in feature.dtype
-    if not (isinstance(feature, ImageFeature) or binary or (isinstance(feature, dict) and "bytes" in feature)):
-        raise DataError(f"{source}: column {image_column!r} (image_column) holds no pictures; there are: {there}")
-    if caption_column is not None:
-        feature = columns[caption_column]
-        if not (isinstance(feature, Value) and feature.dtype in ("string", "large_string", "string_view", "null")):
-            raise DataError(f"{source}: column {caption_column!r} (caption_column) is no text; there are: {there}")
-
-
-def _read(table: Any, image_column: str, caption_column: str | None, source: str) -> tuple[Any, Any]:
-    """Encoded pictures and captions, (N,) each; captions None where none are asked for."""
-    from datasets import Image as ImageFeature
-    from datasets import IterableDataset
-
-    if isinstance(table.features[image_column], ImageFeature):
-        table = table.cast_column(image_column, ImageFeature(decode=False))
-    if not isinstance(table, IterableDataset):  # mapped from disk, one by one
-        return table[image_column], list(table[caption_column]) if caption_column else None
-    columns = [image_column, caption_column] if caption_column else [image_column]
-    try:
-        rows = list(table.select_columns(columns))
-    except Exception as error:
-        raise DataError(f"{source}: could not be read: {one_line(error)}") from error
-    return [row[image_column] for row in rows], [row[caption_column] for row in rows] if caption_column else None
-
-
-# ---- small things
-
-
 class _Chosen(Sequence):
     """Some rows of a column."""
 
@@ -358,13 +256,18 @@ def _held_out(keys: list[bytes], share: float, split: Split, source: str) -> lis
     return [i for i in range(len(order)) if (i in test) == (split == "test")]
 
 
-def _keys(source: str, values: Iterable[Any]) -> list[bytes]:
-    root = Path(source).expanduser().resolve()
-    return [_relative(value["path"], root).encode() if _is_file(value) else _bytes(value) for value in values]
+def _keys(root: str, paths: Sequence[str | None], values: Sequence[Any]) -> list[bytes]:
+    """What decides the split of a row: where its file lies below the root, or the picture's bytes."""
+    named = [Path(os.path.relpath(path, root)).as_posix().encode() if path else None for path in paths]
+    return [key or _maybe_bytes(values[i]) for i, key in enumerate(named)]
 
 
-def _name(source: str, value: Any, index: int) -> str:
-    return value["path"] if _is_file(value) else f"{source}, row {index}"
+def _maybe_bytes(value: Any) -> bytes:
+    """A row without a picture is counted later."""
+    try:
+        return _bytes(value)
+    except (OSError, ValueError):
+        return b""
 
 
 def _is_file(value: Any) -> bool:
@@ -381,34 +284,13 @@ def _bytes(value: Any) -> bytes:
     return data
 
 
-def _relative(path: str, root: Path) -> str:
-    return Path(path).relative_to(root).as_posix() if Path(path).is_relative_to(root) else path
-
-
-def _hidden(file: Path, root: Path) -> bool:
-    return any(part.startswith((".", "__")) for part in file.relative_to(root).parts)
-
-
-def _is_split(name: str) -> bool:
-    return name.lower() in _SPLITS
-
-
-def _split_of(file: Path, root: Path) -> str | None:
-    """By a folder below root, or by the file's name: train/0.parquet, train-00000-of-00001.parquet, test.parquet."""
-    parts = file.relative_to(root).parts[:-1] if file != root else ()
-    for word in (*parts, re.split(r"[-._ ]", file.stem)[0]):
-        if _is_split(word):
-            return _SPLITS[word.lower()]
-    return None
-
-
-def _holds_pictures(root: Path) -> bool:
-    known = set(Image.registered_extensions())
-    for _, inner, files in os.walk(root):
-        inner[:] = [x for x in inner if not x.startswith(".")]
-        if any(not x.startswith(".") and os.path.splitext(x)[1].lower() in known for x in files):
-            return True
-    return False
+def _warn_of_unnamed(paths: Sequence[str]) -> None:
+    """Pictures that no row of the metadata names are passed over by ``datasets`` without a word."""
+    named, folders = set(paths), sorted({os.path.dirname(path) for path in paths})
+    tops = [x for x in folders if not any(x.startswith(y + os.sep) for y in folders)]  # the rest lies below them
+    unnamed = [path for top in tops for path in pictures_in(Path(top)) if path not in named]
+    if unnamed:
+        log.warning("in no row of its metadata, left out: %d picture(s), the first %s", len(unnamed), unnamed[0])
 
 
 def _check_skipped(skipped: list[Skipped], total: int, limit: float, where: str) -> None:
@@ -419,10 +301,6 @@ def _check_skipped(skipped: list[Skipped], total: int, limit: float, where: str)
     if len(skipped) == total or len(skipped) > limit * total:
         raise DataError(f"{message}. At most {limit:.1%} may be skipped; mend or remove them (nothing was deleted)")
     log.warning("%s. They are skipped", message)
-
-
-def _kind(feature: Any) -> str:
-    return getattr(feature, "dtype", None) or type(feature).__name__
 
 
 def _digest(data: bytes) -> bytes:

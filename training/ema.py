@@ -40,11 +40,11 @@ class EMA:
         kept = [p.detach().clone() for p in self.parameters]
         try:
             with torch.no_grad():
-                torch._foreach_copy_(self.parameters, self.average)
+                torch._foreach_copy_(list[Tensor](self.parameters), self.average)
             yield
         finally:
             with torch.no_grad():
-                torch._foreach_copy_(self.parameters, kept)
+                torch._foreach_copy_(list[Tensor](self.parameters), kept)
 
     def state_dict(self) -> dict[str, Tensor]:
         return {str(i): x for i, x in enumerate(self.average)}

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from accelerate import Accelerator
@@ -280,7 +280,8 @@ def _anyone(asked: bool, accelerator: Accelerator) -> bool:
     """All processes stop together."""
     if accelerator.num_processes == 1:
         return asked
-    return bool(accelerator.reduce(torch.tensor(float(asked), device=accelerator.device), "sum").item())
+    flags = accelerator.gather(torch.tensor([asked], device=accelerator.device))
+    return bool(cast(Tensor, flags).any())
 
 
 @contextmanager

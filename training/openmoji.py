@@ -108,7 +108,10 @@ def concepts() -> dict[str, Concept]:
 
 
 def read_names(text: str) -> list[str]:
-    """The value of ``--concepts``: a file with one name per line (# starts a comment), or names between commas."""
+    """The value of ``--concepts``: a file with one name per line, or names between commas.
+
+    In a file, a line that begins with # and what follows " # " are comments.
+    """
     file = Path(text).expanduser()
     if file.is_file():
         lines = file.read_text(encoding="utf-8").splitlines()
@@ -116,7 +119,7 @@ def read_names(text: str) -> list[str]:
         raise FileNotFoundError(f"{file}: no such list of concepts; give a file or names between commas")
     else:
         lines = text.split(",")
-    return [name for line in lines if (name := re.sub(r"(^|\s)#.*", "", line).strip())]
+    return [name for line in lines if (name := re.sub(r"^#.*|\s#\s.*", "", line.lstrip()).strip())]
 
 
 def choose(names: Sequence[str] | None) -> list[Concept]:

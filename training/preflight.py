@@ -126,7 +126,13 @@ def _step(config: Config, earlier: Sequence[Config], device: torch.device) -> tu
         clip = Contrast(CLIPModel(clip_config(config, m.tokenizer.vocab_size, m.tokenizer.max_length, 0, 1))).to(device)
         ids = torch.ones(n, m.tokenizer.max_length, dtype=torch.int64, device=device)
         x = torch.randn(n, 3, side, side, device=device)
-        return clip, lambda: contrastive_loss(*(v.float() for v in clip(ids, x)), torch.eye(n, device=device))
+        same = torch.eye(n, device=device)
+
+        def contrast() -> Tensor:
+            texts, pictures, scale = clip(ids, x)
+            return contrastive_loss(texts.float(), pictures.float(), scale.float(), same)
+
+        return clip, contrast
     from ldm.cond import Cond
 
     from .tasks.diffusion import network

@@ -78,17 +78,27 @@ def train_all(configs: Sequence[Config]) -> None:
     check_together(configs)
     for config in configs:
         check_folder(config)
+    opened: dict[str, tuple[Any, Any]] = {}
+    waiting: list[tuple[Any, Any] | None] = []  # the rows of each config, shared between those with the same data
     for config in configs:
+        source = json.dumps(_source(config))
+        if source not in opened and not is_done(config):
+            opened[source] = open_data(config)
+        waiting.append(opened.get(source))
+    opened.clear()
+    for config in configs:
+        rows = waiting.pop(0)
         if is_done(config):
             log.info("%s: already made, taken up", config.output_dir)
             continue
-        train_one(config)
+        train_one(config, rows)
 
 
-def train_one(config: Config) -> None:
-    """Train, going on from the newest checkpoint, and export."""
+def train_one(config: Config, rows: tuple[Any, Any] | None = None) -> None:
+    """Train, going on from the newest checkpoint, and export. ``rows``: what ``open_data`` gives, if it is there."""
     import torch
     from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
 
     from . import loop
     from .evaluate.report import write_report
@@ -96,10 +106,11 @@ def train_one(config: Config) -> None:
 
     run = Path(config.output_dir)
     mixed = precision(config.train.mixed_precision)
+    AcceleratorState._reset_state()  # a run before this one may have had another precision
     accelerator = Accelerator(mixed_precision=mixed)
     torch.manual_seed(config.seed)
     _one_process_as_asked(accelerator.num_processes)
-    train_rows, test_rows = open_data(config)
+    train_rows, test_rows = rows or open_data(config)
     run.mkdir(parents=True, exist_ok=True)
     if accelerator.is_main_process:
         (run / "config.yaml").write_text(dump(config))
@@ -125,15 +136,14 @@ def open_data(config: Config) -> tuple[Any, Any]:
     """Training and held-out rows. Raises DataError naming folder, column or file."""
     from .data import open_rows
 
-    data = config.data
-    common: dict[str, Any] = {
-        "image_column": data.image_column,
-        "caption_column": data.caption_column,
-        "resolution": data.resolution,
-        "center_crop": data.center_crop,
-        "held_out": data.held_out,
-    }
-    return open_rows(data.path, split="train", **common), open_rows(data.path, split="test", **common)
+    source = _source(config)
+    return open_rows(**source, split="train"), open_rows(**source, split="test")
+
+
+def _source(config: Config) -> dict[str, Any]:
+    """What of a config decides which rows there are; crops and flips come later."""
+    keys = ("path", "image_column", "caption_column", "resolution", "center_crop", "held_out")
+    return {key: getattr(config.data, key) for key in keys}
 
 
 def build(config: Config, train_rows: Any, test_rows: Any, run: Path, accelerator: Any) -> Any:

@@ -46,7 +46,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, *, ba
 
     q, k, v = (x.transpose(1, 2).contiguous() for x in (q, k, v))  # xformers: (B, N, H, d)
     if bias is not None:
-        bias = _expand(bias, q.transpose(1, 2)).expand(-1, q.shape[2], q.shape[1], -1)
+        bias = bias[:, None, None, :].to(q.dtype).expand(-1, q.shape[2], q.shape[1], -1)  # (B, H, N, M)
     return memory_efficient_attention(q, k, v, attn_bias=bias).transpose(1, 2)
 
 

@@ -70,7 +70,9 @@ class Network(nn.Module):
         for name, value in given.items():
             expected = cls.fixed.get(name, defaults.get(name))
             if name not in ours and name in defaults and _plain(value) != _plain(expected):
-                raise ValueError(f"{cls.stock} with {name}={value!r} is not supported by {cls.__name__} ({expected!r} is)")
+                raise ValueError(
+                    f"{cls.stock} with {name}={value!r} is not supported by {cls.__name__} ({expected!r} is)"
+                )
         with torch.device("meta"):
             net = cls(**{k: v for k, v in given.items() if k in ours})
         net._take(model, f"{cls.__name__} from {source if isinstance(source, str | Path) else cls.stock}")

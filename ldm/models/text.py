@@ -53,7 +53,7 @@ class TextEncoder(nn.Module):
     ):
         super().__init__()
         check_family(family)
-        config = model.config
+        config: Any = model.config
         if not isinstance(model, FAMILIES[family]):
             raise ValueError(f"text family {family!r} takes a {FAMILIES[family].__name__}, got {type(model).__name__}")
         if getattr(config, "use_attention_mask", False):
@@ -167,7 +167,10 @@ def load_tokenizer(folder: Path) -> CLIPTokenizer:
     if not (folder / "tokenizer.json").is_file() and not (folder / "vocab.json").is_file():
         # transformers would quietly build a tokenizer of three entries
         raise ValueError(f"{folder}: no tokenizer here, expected tokenizer.json, or vocab.json and merges.txt")
-    return CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
+    tokenizer = CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
+    for name in ("is_local", "local_files_only"):  # of this call, not of the tokenizer, which would save them
+        tokenizer.init_kwargs.pop(name, None)
+    return tokenizer
 
 
 def load_clip(folder: Path, kind: type[Tower], **kw: Any) -> Tower:
@@ -189,7 +192,8 @@ def load_clip(folder: Path, kind: type[Tower], **kw: Any) -> Tower:
 
 def _load(source: str, kind: type[Tower], **kw: Any) -> Tower:
     with quiet_transformers():  # the vision tower's weights that are not wanted would fill a page
-        model, info = kind.from_pretrained(source, use_safetensors=True, output_loading_info=True, **kw)
+        opened: Any = kind.from_pretrained(source, use_safetensors=True, output_loading_info=True, **kw)
+    model, info = opened
     missing = sorted(info["missing_keys"]) + [str(key) for key in info["mismatched_keys"]]
     if missing:
         raise ValueError(f"{source}: the file lacks {len(missing)} weights of {kind.__name__}, such as {missing[0]}")

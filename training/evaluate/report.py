@@ -57,7 +57,7 @@ def write_report(
     (``samples/*.png``) and its ``config.yaml``. What is absent or broken is left out, and the report says so.
 
     Args:
-        runs: a run's folder, or several in the order in which to show them.
+        runs: a run's folder, or several (or none) in the order in which to show them.
         out: the file; may be left out for one run.
         metrics: results for the table at the top; mappings inside it are flattened with dots.
         data: what the data are: number of pictures, split, source.
@@ -66,19 +66,17 @@ def write_report(
     Returns:
         the path of the written file.
     Raises:
-        ValueError: no runs, or several without ``out``.
+        ValueError: no run or several without ``out``.
     """
     folders = [Path(runs)] if isinstance(runs, str | Path) else [Path(r) for r in runs]
-    if not folders:
-        raise ValueError("write_report: no runs given")
-    if out is None and len(folders) > 1:
+    if out is None and len(folders) != 1:
         raise ValueError(f"write_report: {len(folders)} runs need `out`, the file to write")
     path = Path(out) if out is not None else folders[0] / "report.html"
     body = [f"<h1>{html.escape(title)}</h1>"]
     if metrics:
         body += ["<h2>Results</h2>", _table(_flat(metrics))]
     for heading, file in (pictures or {}).items():
-        body += [f"<h2>{html.escape(heading)}</h2>", _figure(Path(file), heading)]
+        body += [f"<h2>{html.escape(heading)}</h2>", _figure(Path(file), heading, "")]
     for folder in folders:
         body += _run_section(folder)
     if data:
@@ -144,9 +142,9 @@ def _run_section(folder: Path) -> list[str]:
     for kind, files in kinds.items():
         files = _thinned(files, SHEETS)
         parts.append(f"<h3>{'Samples' if kind == 'images' else html.escape(kind or 'Samples')}</h3>")
-        parts.append(_figure(files[-1], _caption(files[-1])))  # the newest, large
+        parts.append(_sheet(files[-1]))  # the newest, large
         if len(files) > 1:
-            parts += ['<div class="strip">', *(_figure(f, _caption(f)) for f in files[:-1]), "</div>"]
+            parts += ['<div class="strip">', *(_sheet(f) for f in files[:-1]), "</div>"]
     try:
         config = (folder / "config.yaml").read_text(encoding="utf-8", errors="replace")
         parts.append(f"<details><summary>config.yaml</summary><pre>{html.escape(config)}</pre></details>")
@@ -246,12 +244,13 @@ def _thinned(files: list[Path], count: int) -> list[Path]:
     return [files[round(i * (len(files) - 1) / (count - 1))] for i in range(count)]
 
 
-def _caption(file: Path) -> str:
+def _sheet(file: Path) -> str:
     digits = file.stem[len(file.stem.rstrip("0123456789")) :]
-    return f"after {int(digits):,} images" if digits else file.stem
+    caption = f"after {int(digits):,} images" if digits else file.stem
+    return _figure(file, caption, caption)
 
 
-def _figure(file: Path, caption: str) -> str:
+def _figure(file: Path, alt: str, caption: str) -> str:
     try:
         content = file.read_bytes()
         with Image.open(io.BytesIO(content)) as picture:
@@ -259,7 +258,7 @@ def _figure(file: Path, caption: str) -> str:
             kind = f"image/{(picture.format or 'png').lower()}"
     except (OSError, SyntaxError, ValueError):
         return f'<p class="soft">{html.escape(file.name)} is missing or broken.</p>'
-    return _embed(content, kind, caption, caption)
+    return _embed(content, kind, alt, caption)
 
 
 def _embed(content: bytes, kind: str, alt: str, caption: str) -> str:

@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from PIL import Image
@@ -20,6 +20,9 @@ from torch import Tensor, nn
 from .features import extract, load_features, to_unit
 from .grids import picture_grid
 from .metrics import Retrieval, retrieval
+
+if TYPE_CHECKING:
+    from ..data import Split
 
 SHOWN = 16  # prompts in the grids
 BLANK = 0.02  # a picture whose values deviate by less than this shows nothing
@@ -113,7 +116,7 @@ def evaluate_retrieval(
     samples_per_prompt: int = 1,
     batch_size: int = 16,
     out: str | Path,
-    split: str = "train",
+    split: Split = "train",
     image_column: str = "image",
     caption_column: str = "text",
     features: str = "mobilenetv2",
@@ -136,23 +139,23 @@ def evaluate_retrieval(
         device: left out, CUDA where there is one.
         progress: called with (pictures drawn, of how many) after each batch.
     Raises:
-        ValueError: no such folder, no judge, no rows.
+        ValueError: no such folder, no judge, no rows (DataError).
     """
-    folder = Path(pipeline_folder)
-    resolution = pipeline_resolution(folder)
-    net = load_features(features)
-
-    from training.data import open_rows
-
-    rows: Rows = open_rows(
-        data_path, split=split, image_column=image_column, caption_column=caption_column, resolution=resolution
-    )
-
     from pipelines.text_to_image import TextToImagePipeline
 
+    from ..data import open_rows
+
+    net = load_features(features)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    pipeline: Any = TextToImagePipeline.from_pretrained(str(folder)).to(device)
+    pipeline: Any = TextToImagePipeline.from_pretrained(pipeline_folder).to(device)
     pipeline.set_progress_bar_config(disable=True)
+    rows = open_rows(
+        data_path,
+        split=split,
+        image_column=image_column,
+        caption_column=caption_column,
+        resolution=min(pipeline.parts.size),
+    )
 
     def draw(prompts: list[str], seeds: list[int]) -> Tensor:
         return pipeline(
@@ -189,7 +192,7 @@ def evaluate_retrieval(
         "num_inference_steps": num_inference_steps,
         "guidance_scale": guidance_scale,
         "seed": seed,
-        "pipeline": str(folder),
+        "pipeline": str(pipeline_folder),
         "data": str(data_path),
     }
     ranks = dict(zip(judged.prompts, found.ranks.view(count, samples_per_prompt).tolist(), strict=True))
@@ -201,19 +204,6 @@ def evaluate_retrieval(
     _save(picture_grid(judged.drawings, names, columns=4), out / "samples.png")
     _save(picture_grid(judged.drawings, columns=4), out / "samples_unlabelled.png")
     return summary
-
-
-def pipeline_resolution(folder: Path) -> int:
-    """The side of the pictures that a pipeline folder makes by default: latent size times the VAE's factor."""
-    for name in ("unet", "transformer"):
-        config = folder / name / "config.json"
-        if config.is_file():
-            side = json.loads(config.read_text(encoding="utf-8")).get("sample_size")
-            vae = json.loads((folder / "vae" / "config.json").read_text(encoding="utf-8"))
-            if not isinstance(side, int):
-                raise ValueError(f"{config}: sample_size is {side!r}, expected the side of the latents in cells")
-            return side * 2 ** (len(vae["block_out_channels"]) - 1)
-    raise ValueError(f"{folder}: no unet/config.json or transformer/config.json there, expected a pipeline folder")
 
 
 def _save(picture: Image.Image, path: Path) -> None:

@@ -56,8 +56,8 @@ class ClipTask:
             train.captions, config.model.tokenizer.vocab_size, config.model.tokenizer.max_length
         )
         words = self.tokenizer
-        ends = (words.bos_token_id, words.eos_token_id)
-        self.clip = CLIPModel(clip_config(config, len(words), words.model_max_length, *ends))
+        start, end = cast(int, words.bos_token_id), cast(int, words.eos_token_id)
+        self.clip = CLIPModel(clip_config(config, len(words), words.model_max_length, start, end))
         self.rows = PictureBatches(train, config.seed, ids=self._ids(train), flip=config.data.random_flip)
         self.test = PictureBatches(held_out, config.seed, ids=self._ids(held_out))
         self.players = [player("clip", Contrast(self.clip), self.loss, config, accelerator)]

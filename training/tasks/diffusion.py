@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor
+from torch import Tensor, nn
 
 from ldm import rng
 from ldm.cond import Cond
@@ -40,6 +40,18 @@ FIXED = 2**40  # image indices that no run reaches: the probes' noise
 FAMILY = {"unet": "sd", "mmdit": "sd3"}
 
 
+class Trained(nn.Module):
+    """What is prepared for training in place of the network: bf16 patches its ``forward``, and samples and export need
+    the network as it is."""
+
+    def __init__(self, net: Network):
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: Tensor, time: Tensor, cond: Cond) -> Tensor:
+        return self.net(x, time, cond)
+
+
 class DiffusionTask:
     """One player: the network. Autoencoder and text encoder serve the cache and the sample grids, and never train."""
 
@@ -66,7 +78,7 @@ class DiffusionTask:
         self.rows = LatentBatches(self.train_cache, config.seed, dropout=config.caption_dropout, flip=flip)
         self.captions = train.captions
 
-        self.players = [player("net", net, self.loss, config, accelerator)]
+        self.players = [player("net", Trained(net), self.loss, config, accelerator)]
         schedule = self.parts.schedule
         self.denoiser = Denoiser(self.players[0].module, path, prediction, schedule.time_input)
 
@@ -139,7 +151,7 @@ def times(config: DiffusionConfig, u: Tensor) -> Tensor:
 def path_of(section: PathSection) -> RectifiedFlow | DiscreteVP:
     if section.name == "rectified_flow":
         return RectifiedFlow()
-    return DiscreteVP(section.beta_schedule, num_train_timesteps=section.num_train_timesteps)
+    return DiscreteVP(schedule=section.beta_schedule, num_train_timesteps=section.num_train_timesteps)
 
 
 def text_encoder(name: str, family: str, joint_width: int | None) -> TextEncoder:
