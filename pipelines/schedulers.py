@@ -55,10 +55,6 @@ class Schedule:
         """The n + 1 times of n steps, float64, from noise to data."""
         return time_grid(self.path, n, shift=self.shift, spacing=self.spacing, **self.options)
 
-    def stock_arguments(self) -> dict[str, Any]:
-        """What ``folder.export`` and ``to_stock`` take of it; they write the default sampler for these."""
-        return {"path": self.path, "prediction": self.prediction, "shift": self.shift}
-
 
 def default_schedule(path: Path, prediction: Prediction, pipeline: str, shift: float = 1.0) -> Schedule:
     """The schedule to train for: what the stock pipeline does when called with no special arguments, and for a path

@@ -138,7 +138,13 @@ def test_overrides(tmp_path: Path):
     file = written(tmp_path, MINIMAL["unet"])
     config = load(
         file,
-        ["train.images=7", "sample.prompts=[a cat, 'a = b']", "ema_decay=0", "output_dir=a=b", "model.norm_num_groups=8"],
+        [
+            "train.images=7",
+            "sample.prompts=[a cat, 'a = b']",
+            "ema_decay=0",
+            "output_dir=a=b",
+            "model.norm_num_groups=8",
+        ],
     )
     assert isinstance(config, DiffusionConfig)
     assert (config.train.images, config.ema_decay, config.output_dir) == (7, 0, "a=b")

@@ -236,6 +236,7 @@ def test_a_folder_with_splits(tmp_path: Path, shared: bool):
         (tmp_path / "metadata.csv").write_text("file_name,text\n" + "\n".join(f"{x},{x}" for x in names))
         for folder in (train, test):
             (folder / "metadata.jsonl").unlink()
+    (tmp_path / "test").mkdir()  # empty: no split
     rows, held = (open_rows(tmp_path, split=x, resolution=8) for x in ("train", "test"))
     assert len(rows) == 5 and len(held) == 3
     assert all("train" in rows.name(i) for i in range(5)) and all("validation" in held.name(i) for i in range(3))

@@ -420,6 +420,12 @@ def test_evaluate_retrieval_draws_every_prompt(tiny_run, tmp_path):
     difference = [abs(p - q) for p, q in zip(cell.tobytes(), expected.tobytes(), strict=True)]
     assert max(difference) <= 2  # a float32 batch of 4 against one of 1 may round another way, bicubic adds one
     assert max(max(band) - min(band) for band in expected.getextrema()) > 20  # not a flat picture
+    # the same asked again is taken up, anything else is drawn anew
+    written = (tmp_path / "a" / "b" / "evaluation.json").stat().st_mtime_ns
+    assert evaluate_retrieval(folder, data, **options, batch_size=4, out=tmp_path / "a" / "b") == found
+    assert (tmp_path / "a" / "b" / "evaluation.json").stat().st_mtime_ns == written
+    other = evaluate_retrieval(folder, data, **options | {"seed": 6}, batch_size=4, out=tmp_path / "a" / "b")
+    assert other["seed"] == 6 and (tmp_path / "a" / "b" / "evaluation.json").stat().st_mtime_ns != written
     # the batch size changes nothing but rounding
     again = evaluate_retrieval(folder, data, **options, batch_size=3, out=tmp_path / "c")
     assert again["median_rank"] == pytest.approx(found["median_rank"], abs=1)

@@ -42,8 +42,8 @@ def flat(optimizer: GuardedAdamW) -> Tensor:
 
 
 def test_equals_plain_adamw_with_clipping():
-    """Both keep float32; the fused kernel divides by the clip factor where torch multiplies by its inverse, which
-    adds 1e-6, and orders its sums differently: a few units of the last place in each of 20 steps of 1e-2 at most."""
+    """torch clips to max_norm / (norm + 1e-6): beside norms of 0.5 that is 2e-6 of a gradient, hence of the largest
+    moment. Adam's division takes most of it out of the weights, of which 20 steps of 1e-2 are left to round."""
     ours, theirs = network(), network()
     options = dict(adam_beta1=0.8, adam_beta2=0.95, adam_weight_decay=0.3, max_grad_norm=0.5, adam_epsilon=1e-6)
     optimizer = guarded(ours, lr_scheduler="constant", **options)
@@ -60,12 +60,13 @@ def test_equals_plain_adamw_with_clipping():
         assert skipped == 0
         clipped += bool(expected > 0.5)
         assert all(p.grad is None for p in optimizer.parameters)
-    assert 5 < clipped < 15  # both sides of the limit were there
+    assert 3 < clipped < 17  # both sides of the limit were there
     for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
     for p, q in zip(optimizer.parameters, theirs.parameters(), strict=True):
         for name, value in plain.state[q].items():
-            torch.testing.assert_close(optimizer.adamw.state[p][name], value, rtol=2e-5, atol=1e-9)
+            bound = 4e-6 * value.abs().max().item()
+            torch.testing.assert_close(optimizer.adamw.state[p][name], value, rtol=0, atol=bound)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])

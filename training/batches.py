@@ -127,5 +127,5 @@ class LatentBatches(Dataset):
         if self.encoded.pooled is not None:
             batch["pooled"] = torch.from_numpy(self.encoded.pooled[caption])
         if self.encoded.bias is not None:
-            batch["bias"] = torch.from_numpy(self.encoded.bias).expand(len(index), -1)
+            batch["bias"] = torch.tensor(self.encoded.bias).expand(len(index), -1)
         return batch

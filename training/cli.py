@@ -23,6 +23,7 @@ app.add_typer(inspect_app, name="inspect")
 Configs = Annotated[
     list[str], typer.Argument(help="Config files in the order to run, and key=value overrides for all.")
 ]
+Out = Annotated[Path | None, typer.Option(help="Folder for the runs, in place of the one in their output_dir.")]
 
 
 def main() -> None:
@@ -61,40 +62,37 @@ def openmoji(
     print(render(out, size, chosen))
 
 
-def _load(configs: list[str]) -> list[Any]:
-    from .config import ConfigError, load
+def _load(configs: list[str], out: Path | None) -> list[Any]:
+    """Read, override, relocate and check: all that can be said before torch is imported."""
+    from .config import ConfigError, check_together, load, relocate
+    from .run import check_folder
 
     files = [c for c in configs if "=" not in c]
     if not files:
         raise ConfigError("no config file given; `ldm init` lists those that come with the package")
-    overrides = [c for c in configs if "=" in c]
-    return [load(file, overrides) for file in files]
-
-
-@app.command()
-def train(configs: Configs) -> None:
-    """Train the configs in order. What is already made is taken up; a killed run goes on where it was."""
-    from .config import check_together
-    from .run import check_folder, train_all
-
-    loaded = _load(configs)
+    loaded = [load(file, [c for c in configs if "=" in c]) for file in files]
+    if out is not None:
+        loaded = relocate(loaded, out)
     check_together(loaded)
     for config in loaded:
         check_folder(config)
+    return loaded
+
+
+@app.command()
+def train(configs: Configs, out: Out = None) -> None:
+    """Train the configs in order. What is already made is taken up; a killed run goes on where it was."""
+    loaded = _load(configs, out)
     _logging()
+    from .run import train_all
+
     train_all(loaded)
 
 
 @app.command()
-def check(configs: Configs) -> None:
+def check(configs: Configs, out: Out = None) -> None:
     """Check configs and their data, and tell sizes, memory and time, without training."""
-    from .config import check_together
-    from .run import check_folder
-
-    loaded = _load(configs)
-    check_together(loaded)
-    for config in loaded:
-        check_folder(config)
+    loaded = _load(configs, out)
     _logging()
     from .preflight import report
 
@@ -117,12 +115,21 @@ def sample(
     out: Annotated[Path, typer.Option("-o", "--out", help="One picture, or a grid of several.")] = Path("out.png"),
 ) -> None:
     """Draw pictures from a prompt."""
+    from PIL import Image
+
+    kind = Image.registered_extensions().get(out.suffix.lower())
+    if out.is_dir() or kind not in Image.SAVE:
+        raise ValueError(f"{out}: expected the name of a picture file, for example {out.with_suffix('.png')}")
+
     import torch
 
+    from ldm.sampling import SAMPLERS
     from pipelines.text_to_image import TextToImagePipeline
 
     from .evaluate.grids import picture_grid, to_pil
 
+    if sampler is not None and sampler not in SAMPLERS:
+        raise ValueError(f"sampler {sampler!r} is not one of {', '.join(SAMPLERS)}")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     pipe = TextToImagePipeline.from_pretrained(folder).to(device)
     (pictures,) = pipe(
@@ -145,7 +152,7 @@ def sample(
 def evaluate(
     folder: Annotated[Path, typer.Argument(help="Pipeline folder.")],
     data: Annotated[Path, typer.Option(help="Imagefolder or parquet whose captions are drawn.")],
-    retrieval: Annotated[bool, typer.Option(help="How often the right concept is the nearest, and among 5.")] = True,
+    retrieval: Annotated[bool, typer.Option("--retrieval", help="How often the right concept is the nearest.")] = False,
     steps: Annotated[int, typer.Option(min=1, help="num_inference_steps")] = 20,
     guidance: Annotated[float, typer.Option(min=0, help="guidance_scale")] = 4.0,
     seed: Annotated[int, typer.Option(min=0)] = 0,
@@ -162,8 +169,9 @@ def evaluate(
     from .evaluate.report import write_report
     from .evaluate.retrieval import evaluate_retrieval
 
+    _logging()
     if not retrieval:
-        raise ValueError("evaluate: --retrieval is the one measure there is; leave --no-retrieval out")
+        raise ValueError("evaluate: nothing to measure; give --retrieval")
     with Progress(transient=True) as bar:
         task = bar.add_task("drawing", total=None)
         found = evaluate_retrieval(

@@ -29,7 +29,7 @@ Share = Annotated[float, Field(ge=0, le=1)]
 class Data(Section):
     """Where the pictures and captions come from, and how they are cut."""
 
-    path: str  # imagefolder, parquet file or folder, or the name of a hub data set
+    path: str  # imagefolder, parquet file or folder, or hub:owner/name
     resolution: Positive = 64  # pixels, both sides
     image_column: str = "image"
     caption_column: str = "text"
@@ -268,6 +268,27 @@ def parse(raw: Mapping[str, Any], where: str) -> Config:
     if problem:
         raise ConfigError(f"{where}: {problem}")
     return config
+
+
+def relocate(configs: Sequence[Config], root: str | Path) -> list[Config]:
+    """The same runs under another folder: each ``output_dir`` becomes ``root/`` and its last name, and what pointed to
+    one of them follows."""
+    moved = {Path(c.output_dir).resolve(): str(Path(root) / Path(c.output_dir).name) for c in configs}
+
+    def follow(name: str) -> str:
+        return moved.get(Path(name).resolve(), name)
+
+    result: list[Config] = []
+    for config in configs:
+        update: dict[str, Any] = {"output_dir": follow(config.output_dir)}
+        if isinstance(config, DiffusionConfig):
+            update["vae"] = Pretrained(pretrained=follow(config.vae.pretrained))
+            update["text"] = Pretrained(pretrained=follow(config.text.pretrained))
+        if isinstance(config, AutoencoderConfig) and (config.loss.perceptual or "").startswith("clip:"):
+            source = "clip:" + follow((config.loss.perceptual or "").removeprefix("clip:"))
+            update["loss"] = config.loss.model_copy(update={"perceptual": source})
+        result.append(config.model_copy(update=update))
+    return result
 
 
 def dump(config: Config) -> str:

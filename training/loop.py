@@ -7,8 +7,8 @@ import logging
 import math
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -147,11 +147,17 @@ def train(task: Task, config: Train, *, run: Path, seed: int, accelerator: Accel
     per_step = per_micro * config.gradient_accumulation_steps
     stop_at = images + math.ceil((config.images - images) / per_step) * per_step
     clock = ImageClock(len(task.rows), config.batch_size, seed, images, stop_at, accelerator.process_index, world)  # type: ignore[arg-type]
-    loader = DataLoader(task.rows, batch_sampler=clock, num_workers=config.num_workers, collate_fn=_as_is)  # type: ignore[arg-type]
-    batches = iter(loader)
+    loader = DataLoader(
+        task.rows,
+        batch_sampler=clock,  # type: ignore[arg-type]
+        num_workers=config.num_workers,
+        collate_fn=_as_is,  # type: ignore[arg-type]
+        worker_init_fn=_bear_one_signal,
+        generator=torch.Generator(),  # its own: a loader draws a seed as it starts, and the resumed state must not move
+    )
     window = _Window()
     in_a_row = {player.name: torch.zeros((), device=accelerator.device) for player in task.players}
-    journal, clock_start, images_start = _Journal(run, accelerator), time.perf_counter(), images
+    journal, clock_start, images_start = _Journal(run, accelerator, images), time.perf_counter(), images
 
     def save() -> None:
         if accelerator.is_main_process:
@@ -164,9 +170,13 @@ def train(task: Task, config: Train, *, run: Path, seed: int, accelerator: Accel
         """The clock has just passed a multiple of ``every``, or reached the end."""
         return images // every != (images - per_step) // every or images >= config.images
 
-    with _stop_signals() as stop, journal.progress(config.images, images) as show:
+    with (
+        _stop_signals() as stop,
+        closing(_batches(loader, accelerator.device)) as batches,
+        journal.progress(config.images, images) as show,
+    ):
         while images < config.images:
-            micros = [_to(next(batches), accelerator.device) for _ in range(config.gradient_accumulation_steps)]
+            micros = [next(batches) for _ in range(config.gradient_accumulation_steps)]
             for player in task.players:
                 if images < player.start:
                     continue
@@ -178,7 +188,7 @@ def train(task: Task, config: Train, *, run: Path, seed: int, accelerator: Accel
                     for name, value in named.items():
                         window.add(name, value)
                 norm, skipped = player.optimizer.step()
-                player.ema.update(steps)
+                player.ema.update(player.optimizer.steps - 1)
                 window.add(f"{player.name}_grad_norm", norm)
                 window.skipped.append((images, skipped))
                 in_a_row[player.name] = (in_a_row[player.name] + skipped) * skipped
@@ -214,8 +224,20 @@ def _as_is(batch: Batch) -> Batch:
     return batch
 
 
-def _to(batch: Batch, device: torch.device) -> Batch:
-    return {k: v.to(device, non_blocking=True) for k, v in batch.items()} if device.type != "cpu" else batch
+def _bear_one_signal(_worker: int) -> None:
+    """A signal often goes to all processes of a run; the loader's must live until the step has its pictures."""
+
+    def note(number: int, _frame: Any) -> None:
+        signal.signal(number, signal.SIG_DFL)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, note)
+
+
+def _batches(loader: DataLoader, device: torch.device) -> Generator[Batch, None, None]:
+    """On the device. Closing it ends the loader's processes."""
+    for batch in loader:
+        yield {k: v.to(device, non_blocking=True) for k, v in batch.items()} if device.type != "cpu" else batch
 
 
 def _bare(module: nn.Module) -> nn.Module:
@@ -245,10 +267,11 @@ def _resume(task: Task, run: Path, inputs: dict[str, str]) -> tuple[int, int]:
         )
     for player in task.players:
         own = dict(_bare(player.module).named_parameters())
-        missing = sorted(set(own) ^ set(tensors[player.name]))
-        if missing:
+        there = {(name, x.shape) for name, x in tensors[player.name].items()}
+        differing = sorted(there ^ {(name, p.shape) for name, p in own.items()})
+        if differing:
             raise checkpoint.CheckpointError(
-                f"{found[-1]}: {player.name}.safetensors does not fit, first: {missing[0]}"
+                f"{found[-1]}: {player.name}.safetensors does not fit, first: {differing[0][0]}"
             )
         with torch.no_grad():
             for name, parameter in own.items():
@@ -302,15 +325,31 @@ def _stop_signals() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-class _Journal:
-    """``RUN/log/metrics.jsonl`` and the progress bar, of the main process alone."""
+def _told_by(line: str, images: int) -> bool:
+    try:
+        return line.endswith("\n") and json.loads(line)["images"] <= images
+    except ValueError:  # of a write that was cut short
+        return False
 
-    def __init__(self, run: Path, accelerator: Accelerator):
+
+class _Journal:
+    """``RUN/log/metrics.jsonl`` and the progress bar, of the main process alone.
+
+    Args:
+        images: where the run starts; what a killed one wrote of later images goes.
+    """
+
+    def __init__(self, run: Path, accelerator: Accelerator, images: int):
         self.run, self.main = run, accelerator.is_main_process
         self.file = run / "log" / "metrics.jsonl"
         self.console = Console(stderr=True)
         if self.main:
             self.file.parent.mkdir(parents=True, exist_ok=True)
+            if self.file.is_file():
+                lines = self.file.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+                partial = self.file.with_suffix(".partial")
+                partial.write_text("".join(x for x in lines if _told_by(x, images)), encoding="utf-8")
+                partial.replace(self.file)
 
     def write(self, images: int, values: dict[str, float]) -> None:
         if self.main and values:

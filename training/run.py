@@ -42,13 +42,15 @@ def _differences(old: Any, new: Any, key: str = "") -> list[str]:
     return [] if old == new else [f"{key}: {old} there, {new} here"]
 
 
-def is_done(config: Config) -> bool:
-    """The run has ended, with what it was given still the same."""
+def is_done(config: Config, inputs: dict[str, str]) -> bool:
+    """The run has ended, and what it was made from is still the same."""
     file = Path(config.output_dir) / DONE
-    if not file.is_file():
-        return False
-    done = json.loads(file.read_text())
-    return done["inputs"] == _given(config)
+    return file.is_file() and json.loads(file.read_text())["inputs"] == inputs
+
+
+def inputs_of(config: Config, train_rows: Any) -> dict[str, str]:
+    """Hashes of all that a run is made from beside its config: the data and the local folders that it builds on."""
+    return {**_given(config), "data": train_rows.fingerprint}
 
 
 def _given(config: Config) -> dict[str, str]:
@@ -78,24 +80,20 @@ def train_all(configs: Sequence[Config]) -> None:
     check_together(configs)
     for config in configs:
         check_folder(config)
-    opened: dict[str, tuple[Any, Any]] = {}
-    waiting: list[tuple[Any, Any] | None] = []  # the rows of each config, shared between those with the same data
+    opened: dict[str, tuple[Any, Any]] = {}  # stages with the same data share the rows
     for config in configs:
         source = json.dumps(_source(config))
-        if source not in opened and not is_done(config):
-            opened[source] = open_data(config)
-        waiting.append(opened.get(source))
-    opened.clear()
+        opened[source] = opened.get(source) or open_data(config)
     for config in configs:
-        rows = waiting.pop(0)
-        if is_done(config):
+        rows = opened[json.dumps(_source(config))]
+        if is_done(config, inputs_of(config, rows[0])):
             log.info("%s: already made, taken up", config.output_dir)
-            continue
-        train_one(config, rows)
+        else:
+            train_one(config, *rows)
 
 
-def train_one(config: Config, rows: tuple[Any, Any] | None = None) -> None:
-    """Train, going on from the newest checkpoint, and export. ``rows``: what ``open_data`` gives, if it is there."""
+def train_one(config: Config, train_rows: Any, test_rows: Any) -> None:
+    """Train on what ``open_data`` gives, going on from the newest checkpoint, and export."""
     import torch
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
@@ -110,7 +108,6 @@ def train_one(config: Config, rows: tuple[Any, Any] | None = None) -> None:
     accelerator = Accelerator(mixed_precision=mixed)
     torch.manual_seed(config.seed)
     _one_process_as_asked(accelerator.num_processes)
-    train_rows, test_rows = rows or open_data(config)
     run.mkdir(parents=True, exist_ok=True)
     if accelerator.is_main_process:
         (run / "config.yaml").write_text(dump(config))
@@ -120,13 +117,12 @@ def train_one(config: Config, rows: tuple[Any, Any] | None = None) -> None:
         run, config.task, len(train_rows), len(test_rows), accelerator.device, mixed if mixed != "no" else "float32",
     )  # fmt: skip
     task = build(config, train_rows, test_rows, run, accelerator)
-    given = _given(config)
-    inputs = {**given, "data": train_rows.fingerprint}
+    inputs = inputs_of(config, train_rows)
     loop.train(task, config.train, run=run, seed=config.seed, accelerator=accelerator, inputs=inputs)
     if accelerator.is_main_process:
         task.export()
         write_report(run, title=f"{config.task}: {run.name}")
-        (run / DONE).write_text(json.dumps({"inputs": given}))
+        (run / DONE).write_text(json.dumps({"inputs": inputs}))
         log.info("%s: done", run / "pipeline")
     accelerator.wait_for_everyone()
     accelerator.free_memory()

@@ -48,8 +48,9 @@ def tables(source: str, in_memory: int) -> dict[str, Any]:
         # A small file is read in one go; a large one is converted to Arrow once, in datasets' cache, and mapped.
         small = sum(x.stat().st_size for x in parquet) <= in_memory
         return _loaded(source, "parquet", data_files=files, streaming=small)
-    folders = [x for x in sorted(root.iterdir()) if x.is_dir() and x.name.lower() in SPLITS] or [root]
-    if not any(True for folder in folders for _ in pictures_in(folder)):
+    folders = [x for x in sorted(root.iterdir()) if x.is_dir() and x.name.lower() in SPLITS]
+    folders = [x for x in folders if next(pictures_in(x), None)] or [root]
+    if next(pictures_in(root), None) is None:
         raise DataError(f"{source}: the data set is empty: no picture and no parquet file in this folder")
     shared = [] if folders == [root] else [_pattern(x) for x in sorted(root.glob("metadata.*"))]
     patterns: dict[str, list[str]] = {}

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 log = logging.getLogger(__name__)
+SMALL = 256**2  # logits per head
 BACKENDS = ("auto", "xformers", "flash", "sdpa", "plain")
 
 
@@ -22,13 +23,15 @@ def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, *, ba
         k, v: (B, H, M, d).
         bias: (B, M) added to the logits of these keys, the same for every head and query: -inf hides a key,
             log n makes it count as n equal keys.
-        backend: ``auto`` (SDPA's own choice of kernel), ``sdpa``, ``flash``, ``xformers`` or ``plain``.
+        backend: ``auto`` (SDPA, but ``plain`` when training on a CPU with few tokens), ``sdpa``, ``flash``, ``xformers`` or ``plain``.
     Returns:
         (B, H, N, d).
     Raises:
         ValueError: unknown backend, or one that cannot do this (flash takes no bias).
         RuntimeError: the backend cannot run here, and why.
     """
+    if backend == "auto" and q.device.type == "cpu" and q.requires_grad and q.shape[2] * k.shape[2] <= SMALL:
+        backend = "plain"  # SDPA's backward pass on a CPU takes longer than two small products
     if backend in ("auto", "sdpa"):
         return F.scaled_dot_product_attention(q, k, v, _expand(bias, q))
     if backend == "plain":
@@ -63,7 +66,7 @@ def check_backend(name: str) -> None:
         if not torch.cuda.is_available():
             raise RuntimeError("attention backend 'xformers': its kernels need a CUDA device, none is visible")
     if name == "auto":
-        log.info("attention backend: auto takes torch's scaled_dot_product_attention")
+        log.info("attention backend: auto takes scaled_dot_product_attention, and plain products for few tokens on a CPU")
 
 
 def _expand(bias: Tensor | None, q: Tensor) -> Tensor | None:

@@ -268,7 +268,7 @@ class UNet(Network):
 
     def _embed(self, x: Tensor, time: Tensor, cond: Cond) -> Tensor:
         flip, shift = self.config["flip_sin_to_cos"], self.config["freq_shift"]
-        waves = timestep_embedding(time, self.conv_in.out_channels, flip_sin_to_cos=flip, freq_shift=shift)
+        waves = timestep_embedding(time, self.config["block_out_channels"][0], flip_sin_to_cos=flip, freq_shift=shift)
         emb = self.time_embedding(waves.to(x.dtype))
         if self.add_embedding is None:
             return emb

@@ -6,7 +6,9 @@ picture is the nearest, and among the five nearest, with bootstrap intervals (``
 
 from __future__ import annotations
 
+import hashlib
 import json
+import logging
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -24,6 +26,7 @@ from .metrics import Retrieval, retrieval
 if TYPE_CHECKING:
     from ..data import Split
 
+log = logging.getLogger(__name__)
 SHOWN = 16  # prompts in the grids
 BLANK = 0.02  # a picture whose values deviate by less than this shows nothing
 
@@ -166,6 +169,23 @@ def evaluate_retrieval(
             output_type="pt",
         ).images
 
+    out = Path(out)
+    asked = {
+        "samples_per_prompt": samples_per_prompt,
+        "split": split,
+        "judge": features,
+        "num_inference_steps": num_inference_steps,
+        "guidance_scale": guidance_scale,
+        "seed": seed,
+        "pipeline": str(pipeline_folder),
+        "weights": _weights_hash(Path(pipeline_folder)),
+        "data": str(data_path),
+        "pictures": rows.fingerprint,
+    }
+    earlier = _earlier(out, asked)
+    if earlier is not None:
+        log.info("%s: already evaluated, taken up", out / "evaluation.json")
+        return earlier
     judged = judge(
         draw,
         rows,
@@ -186,17 +206,9 @@ def evaluate_retrieval(
         "median_rank": found.ranks.double().median().item(),
         "blank_pictures": judged.blank,
         "prompts": count,
-        "samples_per_prompt": samples_per_prompt,
-        "split": split,
-        "judge": features,
-        "num_inference_steps": num_inference_steps,
-        "guidance_scale": guidance_scale,
-        "seed": seed,
-        "pipeline": str(pipeline_folder),
-        "data": str(data_path),
+        **asked,
     }
     ranks = dict(zip(judged.prompts, found.ranks.view(count, samples_per_prompt).tolist(), strict=True))
-    out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     text = json.dumps(summary | {"ranks": ranks}, indent=1, ensure_ascii=False)
     _replace(out / "evaluation.json", lambda beside: beside.write_text(text, encoding="utf-8"))
@@ -204,6 +216,25 @@ def evaluate_retrieval(
     _save(picture_grid(judged.drawings, names, columns=4), out / "samples.png")
     _save(picture_grid(judged.drawings, columns=4), out / "samples_unlabelled.png")
     return summary
+
+
+def _weights_hash(folder: Path) -> str:
+    """SHA-256 over the files that decide a pipeline's pictures."""
+    digest = hashlib.sha256()
+    for file in sorted(x for x in folder.rglob("*") if x.suffix in (".safetensors", ".json")):
+        with file.open("rb") as handle:
+            digest.update(hashlib.file_digest(handle, "sha256").digest())
+    return digest.hexdigest()
+
+
+def _earlier(out: Path, asked: dict[str, Any]) -> dict[str, Any] | None:
+    """The summary that is there already, if the same was asked of the same weights and pictures."""
+    files = [out / name for name in ("evaluation.json", "samples.png", "samples_unlabelled.png")]
+    if not all(file.is_file() for file in files):
+        return None
+    found = json.loads(files[0].read_text(encoding="utf-8"))
+    found.pop("ranks", None)
+    return found if all(found.get(key) == value for key, value in asked.items()) else None
 
 
 def _save(picture: Image.Image, path: Path) -> None:

@@ -101,6 +101,8 @@ class ClipTask:
         partial = self.run / "pipeline.partial"
         with self.players[0].ema.swapped():
             self.clip.save_pretrained(partial)
+        self.tokenizer.backend_tokenizer.no_truncation()  # it would save the last call's cut and padding
+        self.tokenizer.backend_tokenizer.no_padding()
         self.tokenizer.save_pretrained(partial)
         (partial / "preprocessor_config.json").write_text(json.dumps({"image_mean": [0.5] * 3, "image_std": [0.5] * 3}))
         replace_folder(partial, self.run / "pipeline")

@@ -22,7 +22,7 @@ from ldm.paths import DiscreteVP, RectifiedFlow
 from ldm.prediction import PREDICTIONS
 from ldm.timesteps import TIMESTEPS, shift
 from pipelines.core import Parts, generate
-from pipelines.folder import export
+from pipelines.folder import save_parts
 from pipelines.schedulers import default_schedule
 
 from ..batches import Encoded, LatentBatches, Stream
@@ -136,9 +136,8 @@ class DiffusionTask:
 
     def export(self) -> None:
         """``RUN/pipeline``: a folder that stock diffusers opens."""
-        parts, schedule = self.parts, self.parts.schedule
         with self.players[0].ema.swapped():
-            export(self.run / "pipeline", net=parts.net, vae=parts.vae, text=parts.text, **schedule.stock_arguments())
+            save_parts(self.run / "pipeline", self.parts)
 
 
 def times(config: DiffusionConfig, u: Tensor) -> Tensor:
