@@ -216,13 +216,11 @@ class UNet(Network):
 
     @torch.no_grad()
     def init(self) -> None:
-        """torch's own start, but each residual branch and the output begin at zero (DDPM, ADM): the network is
-        then the identity along its skips and predicts 0."""
+        """torch's own start, but the convolutional branches and the output begin at zero (DDPM, ADM): the network
+        predicts 0. Attention does not: the text is heard from the first step, and short runs learn it sooner."""
         for module in self.modules():
             if isinstance(module, ResnetBlock):
                 _zero(module.conv2)
-            elif isinstance(module, Transformer2D):
-                _zero(module.proj_out)
         _zero(self.conv_out)
 
     def forward(self, x: Tensor, time: Tensor, cond: Cond) -> Tensor:
