@@ -16,7 +16,8 @@ import yaml
 from PIL import Image
 
 from training import cli
-from training.config import check_together, load
+from training.config import load
+from training.fit import check_together
 from training.shipped import config_files
 
 ROOT = Path(__file__).resolve().parent.parent

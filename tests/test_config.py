@@ -8,17 +8,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from training.config import (
-    AutoencoderConfig,
-    ClipConfig,
-    Config,
-    ConfigError,
-    DiffusionConfig,
-    check_together,
-    dump,
-    load,
-    parse,
-)
+from training.config import dump, load, parse
+from training.fit import ConfigError, check_together
+from training.schema import AutoencoderConfig, ClipConfig, Config, DiffusionConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 SHIPPED = sorted((ROOT / "configs").rglob("*.yaml"))
@@ -371,7 +363,8 @@ def test_a_bad_config_is_refused_without_torch_and_at_once():
     """The whole checking of the demo, and a refusal, in a fresh interpreter."""
     code = (
         "import sys, time; start = time.process_time()\n"
-        "from training.config import ConfigError, check_together, load\n"
+        "from training.config import load\n"
+        "from training.fit import ConfigError, check_together\n"
         "trio = [load(f'configs/openmoji/{x}.yaml') for x in ('clip', 'vae', 'unet')]\n"
         "check_together(trio)\n"
         "try: load('configs/openmoji/unet.yaml', ['train.imagse=3'])\n"

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from training.config import Optimizer
 from training.ema import EMA
 from training.optim import GuardedAdamW
+from training.schema import Optimizer
 
 SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine")
 

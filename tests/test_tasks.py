@@ -32,10 +32,12 @@ from pipelines.text_to_image import TextToImagePipeline
 from training import loop
 from training.batches import Stream, to_unit
 from training.checkpoint import CheckpointError, listed
-from training.config import Config, ConfigError, load, parse
+from training.config import load, parse
 from training.data import DataError
 from training.evaluate.grids import picture_grid
+from training.fit import ConfigError
 from training.run import build, inputs_of, is_done, open_data, train_all
+from training.schema import Config
 
 ROOT = Path(__file__).resolve().parent.parent
 COLOURS = ("red", "green", "blue", "yellow", "black", "orange")

@@ -64,7 +64,8 @@ def openmoji(
 
 def _load(configs: list[str], out: Path | None) -> list[Any]:
     """Read, override, relocate and check: all that can be said before torch is imported."""
-    from .config import ConfigError, check_together, load, relocate
+    from .config import load, relocate
+    from .fit import ConfigError, check_together
     from .run import check_folder
 
     files = [c for c in configs if "=" not in c]
@@ -107,7 +108,7 @@ def sample(
     n: Annotated[int, typer.Option("-n", min=1, help="How many pictures.")] = 1,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     steps: Annotated[int, typer.Option(min=1, help="num_inference_steps")] = 20,
-    guidance: Annotated[float, typer.Option(min=0, help="guidance_scale")] = 4.0,
+    guidance: Annotated[float, typer.Option(min=0, help="guidance_scale")] = 3.0,
     negative: Annotated[str | None, typer.Option(help="negative_prompt")] = None,
     sampler: Annotated[
         str | None, typer.Option(help="By default the one that the folder's scheduler stands for.")
@@ -154,7 +155,7 @@ def evaluate(
     data: Annotated[Path, typer.Option(help="Imagefolder or parquet whose captions are drawn.")],
     retrieval: Annotated[bool, typer.Option("--retrieval", help="How often the right concept is the nearest.")] = False,
     steps: Annotated[int, typer.Option(min=1, help="num_inference_steps")] = 20,
-    guidance: Annotated[float, typer.Option(min=0, help="guidance_scale")] = 4.0,
+    guidance: Annotated[float, typer.Option(min=0, help="guidance_scale")] = 3.0,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     run: Annotated[
         list[Path] | None, typer.Option(help="Runs to show in the report, in order; repeat the option.")
@@ -235,7 +236,7 @@ def init(
     out: Annotated[Path | None, typer.Option(help="Where to; by default the config's own name here.")] = None,
 ) -> None:
     """Copy a config out of the installed package."""
-    from .config import ConfigError
+    from .fit import ConfigError
     from .shipped import config_files
 
     files = config_files()

@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from . import checkpoint
-from .config import Train
 from .ema import EMA
 from .optim import GuardedAdamW
+from .schema import Train
 
 log = logging.getLogger(__name__)
 Batch = dict[str, Tensor]

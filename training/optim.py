@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .config import Optimizer as OptimizerConfig
+from .schema import Optimizer as OptimizerConfig
 
 
 class GuardedAdamW:

@@ -13,7 +13,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from .config import AutoencoderConfig, ClipConfig, Config, ConfigError, DiffusionConfig, UNetModel, part
+from .fit import ConfigError, part
+from .schema import AutoencoderConfig, ClipConfig, Config, DiffusionConfig, UNetModel
 
 GIB = 2**30
 

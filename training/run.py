@@ -12,7 +12,9 @@ from typing import Any
 
 import yaml
 
-from .config import AutoencoderConfig, ClipConfig, Config, ConfigError, DiffusionConfig, check_together, dump
+from .config import dump
+from .fit import ConfigError, check_together
+from .schema import AutoencoderConfig, ClipConfig, Config, DiffusionConfig
 
 log = logging.getLogger(__name__)
 DONE = "done.json"

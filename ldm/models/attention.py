@@ -23,7 +23,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, *, ba
         k, v: (B, H, M, d).
         bias: (B, M) added to the logits of these keys, the same for every head and query: -inf hides a key,
             log n makes it count as n equal keys.
-        backend: ``auto`` (SDPA, but ``plain`` when training on a CPU with few tokens), ``sdpa``, ``flash``, ``xformers`` or ``plain``.
+        backend: ``auto`` (SDPA, but ``plain`` when training on a CPU with few tokens), ``sdpa``, ``flash``,
+            ``xformers`` or ``plain``.
     Returns:
         (B, H, N, d).
     Raises:
@@ -66,7 +67,7 @@ def check_backend(name: str) -> None:
         if not torch.cuda.is_available():
             raise RuntimeError("attention backend 'xformers': its kernels need a CUDA device, none is visible")
     if name == "auto":
-        log.info("attention backend: auto takes scaled_dot_product_attention, and plain products for few tokens on a CPU")
+        log.info("attention backend: auto takes torch's SDPA, and plain products for few tokens on a CPU")
 
 
 def _expand(bias: Tensor | None, q: Tensor) -> Tensor | None:

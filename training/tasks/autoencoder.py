@@ -16,10 +16,10 @@ from ldm.models.vae import VAE
 from .. import losses
 from ..batches import PictureBatches, Pictures, Stream, to_bytes, to_unit
 from ..checkpoint import replace_folder
-from ..config import AutoencoderConfig
 from ..evaluate.grids import pairs_grid
 from ..evaluate.metrics import psnr, ssim
 from ..loop import Batch, Player
+from ..schema import AutoencoderConfig
 from .common import made, player
 
 SHOWN = 8  # reconstructions in the picture that is logged

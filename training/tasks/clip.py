@@ -16,9 +16,9 @@ from ldm.models.bpe import train_tokenizer
 
 from ..batches import PictureBatches
 from ..checkpoint import replace_folder
-from ..config import ClipConfig
 from ..data import Rows
 from ..loop import Batch
+from ..schema import ClipConfig
 from .common import player
 
 

@@ -9,10 +9,10 @@ from pathlib import Path
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from ..config import Optimizer, Run
 from ..ema import EMA
 from ..loop import Batch, Player
 from ..optim import GuardedAdamW
+from ..schema import Optimizer, Run
 
 Loss = Callable[[Batch, int], tuple[Tensor, dict[str, Tensor]]]
 

@@ -27,11 +27,11 @@ from pipelines.schedulers import default_schedule
 
 from ..batches import Encoded, LatentBatches, Stream
 from ..cache import encode
-from ..config import DiffusionConfig, MMDiTModel, PathSection, UNetModel
 from ..data import Rows
 from ..evaluate.grids import picture_grid
 from ..loop import Batch
 from ..preflight import Sizes
+from ..schema import DiffusionConfig, MMDiTModel, PathSection, UNetModel
 from .common import made, player
 
 PROBED = 64  # rows whose loss is followed at fixed times and noise

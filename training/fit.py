@@ -1,0 +1,162 @@
+"""Sizes that must work together, within a config and across stages. Knows no torch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from .schema import (
+    AutoencoderConfig,
+    ClipConfig,
+    Config,
+    DiffusionConfig,
+    MMDiTModel,
+    Run,
+    UNetModel,
+    VAEModel,
+)
+
+
+class ConfigError(ValueError):
+    """A config that cannot be run; the message names file and key."""
+
+
+def contradiction(config: Config) -> str | None:
+    """What can be seen in one config alone."""
+    data, model = config.data, config.model
+    if isinstance(config, ClipConfig):
+        if data.resolution % config.model.vision.patch_size:
+            return f"data.resolution {data.resolution} is not a multiple of model.vision.patch_size"
+        for name, tower in (("text", config.model.text), ("vision", config.model.vision)):
+            if tower.hidden_size % tower.num_attention_heads:
+                heads = tower.num_attention_heads
+                return f"model.{name}.hidden_size {tower.hidden_size} does not divide into {heads} heads"
+    if data.random_crop and not isinstance(config, AutoencoderConfig):
+        return "data.random_crop belongs to the autoencoder task alone"
+    if isinstance(model, VAEModel):
+        for name in ("resolution", "random_crop"):
+            size = getattr(data, name)
+            if size and size % model.factor:
+                near = max(1, round(size / model.factor)) * model.factor
+                return f"data.{name} {size} is not a multiple of the autoencoder's factor {model.factor}; {near} is"
+        if data.random_crop and data.random_crop > data.resolution:
+            return f"data.random_crop {data.random_crop} is larger than data.resolution {data.resolution}"
+    if isinstance(model, VAEModel | UNetModel):
+        bad = [c for c in model.block_out_channels if c % model.norm_num_groups]
+        if bad:
+            return (
+                f"model.block_out_channels {bad[0]} is not a multiple of model.norm_num_groups {model.norm_num_groups}"
+            )
+    if isinstance(model, UNetModel):
+        bad = [c for c in model.block_out_channels if c % model.attention_head_dim]
+        if bad:
+            return f"model.block_out_channels {bad[0]} does not divide into {model.attention_head_dim} heads"
+        if model.attention_levels is not None and len(model.attention_levels) != len(model.block_out_channels):
+            return "model.attention_levels needs one entry for each of model.block_out_channels"
+    if isinstance(config, DiffusionConfig):
+        if (config.path.name == "rectified_flow") != (config.prediction_type == "flow_prediction"):
+            return (
+                f"prediction_type {config.prediction_type} with path.name {config.path.name} has no stock pipeline; "
+                "rectified_flow goes with flow_prediction, discrete with epsilon, v_prediction or sample"
+            )
+        if isinstance(model, MMDiTModel) and config.path.name != "rectified_flow":
+            return "model.name mmdit needs path.name rectified_flow: SD3's pipeline knows no other"
+        if config.path.name == "discrete" and config.timesteps.shift != 1:
+            return "timesteps.shift needs path.name rectified_flow"
+    return None
+
+
+def check_together(configs: Sequence[Config]) -> None:
+    """What can be seen only across stages: latent sizes, text widths, run folders.
+
+    A ``pretrained`` that is the ``output_dir`` of an earlier config in the list is checked against that config; a local
+    folder against its ``config.json``; anything else is a hub name, checked when it is loaded.
+
+    Raises:
+        ConfigError: two runs share a folder, or a stage cannot work with what it is given.
+    """
+    made: dict[Path, Config] = {}
+    for config in configs:
+        where = Path(config.output_dir).resolve()
+        if where in made:
+            raise ConfigError(f"{config.output_dir}: is the output_dir of two configs")
+        if isinstance(config, AutoencoderConfig) and (config.loss.perceptual or "").startswith("clip:"):
+            part((config.loss.perceptual or "").removeprefix("clip:"), ClipConfig, made, "loss.perceptual")
+        if isinstance(config, DiffusionConfig):
+            _check_diffusion(config, made)
+        made[where] = config
+
+
+def _check_diffusion(config: DiffusionConfig, made: Mapping[Path, Config]) -> None:
+    vae, text = config.vae.pretrained, config.text.pretrained
+    source = part(vae, AutoencoderConfig, made, "vae.pretrained")
+    factor = shift = None
+    if isinstance(source, AutoencoderConfig):
+        factor, shift = source.model.factor, source.latent_shift
+    elif source:
+        factor = 2 ** (len(source.get("block_out_channels", [0])) - 1)
+        shift = bool(source.get("shift_factor"))
+    model, size = config.model, config.data.resolution
+    if factor:
+        step = factor * (2 ** (len(model.block_out_channels) - 1) if isinstance(model, UNetModel) else model.patch_size)
+        if size % step:
+            near = max(1, round(size / step)) * step
+            raise ConfigError(
+                f"data.resolution {size}: with the factor-{factor} autoencoder {vae} the {model.name} needs a multiple "
+                f"of {step}; {near} is the nearest"
+            )
+        if isinstance(model, MMDiTModel) and size // factor // model.patch_size > model.pos_embed_max_size:
+            raise ConfigError(
+                f"model.pos_embed_max_size {model.pos_embed_max_size} is less than the latents' side in patches"
+            )
+    if shift and isinstance(model, UNetModel):
+        raise ConfigError(
+            f"vae.pretrained {vae} has a latent shift, which the UNet's stock pipelines ignore; "
+            "train it with latent_shift: false"
+        )
+    source = part(text, ClipConfig, made, "text.pretrained")
+    width = None
+    if isinstance(source, ClipConfig):
+        width = source.model.text.hidden_size
+    elif source:
+        width = source.get("text_config", source).get("hidden_size")
+    if width and isinstance(model, UNetModel) and model.cross_attention_dim not in (None, width):
+        raise ConfigError(
+            f"model.cross_attention_dim {model.cross_attention_dim}: the text encoder {text} gives {width}; "
+            "leave the key out"
+        )
+    if width and isinstance(model, MMDiTModel) and (model.joint_attention_dim or width + 2) < width + 2:
+        raise ConfigError(
+            f"model.joint_attention_dim {model.joint_attention_dim}: must be at least text width + 2 = {width + 2}"
+        )
+
+
+def part(name: str, kind: type[Run], made: Mapping[Path, Config], key: str) -> Any:
+    """The earlier config, or the parsed config.json, that a ``pretrained`` points to; None for a hub name."""
+    folder = Path(name)
+    earlier = made.get(folder.resolve())
+    if earlier is not None:
+        if not isinstance(earlier, kind):
+            raise ConfigError(f"{key}: {name} is made by a {earlier.task} task, which is not what is needed here")
+        return earlier
+    for file in (folder / "pipeline" / "config.json", folder / "config.json"):
+        if file.is_file():
+            return _stock_config(file, kind, key)
+    local = name.startswith((".", "/")) or name.count("/") > 1  # a hub name is owner/name
+    if local or folder.exists() or (folder.parent != Path(".") and folder.parent.is_dir()):
+        raise ConfigError(f"{key}: {name} holds no finished model (no config.json), and no earlier config makes it")
+    return None
+
+
+def _stock_config(file: Path, kind: type[Run], key: str) -> dict[str, Any]:
+    """A config.json as diffusers or transformers write it, of the kind of model that ``kind`` makes."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"{key}: {file} is not valid JSON: {error}") from error
+    name = str(found.get("_class_name") or found.get("model_type"))
+    if not name.startswith("AutoencoderKL" if kind is AutoencoderConfig else "clip"):
+        raise ConfigError(f"{key}: {file} is of another kind of model ({name}) than is needed here")
+    return found
