@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from training.config import dump, load, parse
+from training.config import dump, load, parse, relocate
 from training.fit import ConfigError, check_together
-from training.schema import AutoencoderConfig, ClipConfig, Config, DiffusionConfig
+from training.schema import AutoencoderConfig, AutoencoderLoss, ClipConfig, Config, DiffusionConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 SHIPPED = sorted((ROOT / "configs").rglob("*.yaml"))
@@ -376,3 +376,17 @@ def test_a_bad_config_is_refused_without_torch_and_at_once():
     out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert out.returncode == 0, out.stderr
     assert float(out.stdout) < 5  # seconds of the processor: others may be busy beside
+
+
+def test_relocate_moves_runs_and_what_points_to_them() -> None:
+    trio = [load(ROOT / f"configs/openmoji/{name}.yaml") for name in ("clip", "vae", "unet")]
+    perceptual = trio[1].model_copy(update={"loss": AutoencoderLoss(perceptual="clip:outputs/demo/clip")})
+    clip, vae, unet = relocate([trio[0], perceptual, trio[2]], "elsewhere")
+    assert [c.output_dir for c in (clip, vae, unet)] == ["elsewhere/clip", "elsewhere/vae", "elsewhere/unet"]
+    assert isinstance(vae, AutoencoderConfig) and vae.loss.perceptual == "clip:elsewhere/clip"
+    assert isinstance(unet, DiffusionConfig)
+    assert (unet.vae.pretrained, unet.text.pretrained) == ("elsewhere/vae", "elsewhere/clip")
+    assert unet.data == trio[2].data  # the data stay where they are
+    check_together([clip, vae, unet])
+    (alone,) = relocate([trio[2]], "elsewhere")  # what no config here makes keeps its place
+    assert isinstance(alone, DiffusionConfig) and alone.vae.pretrained == "outputs/demo/vae"
