@@ -122,6 +122,7 @@ def sample(
     if out.is_dir() or kind not in Image.SAVE:
         raise ValueError(f"{out}: expected the name of a picture file, for example {out.with_suffix('.png')}")
 
+    _logging()
     import torch
 
     from ldm.sampling import SAMPLERS
@@ -255,7 +256,12 @@ def init(
 
 
 def _logging() -> None:
+    """Our own lines, without the libraries' notes on what is not installed."""
     import logging
+    import os
+
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
     from rich.console import Console
     from rich.logging import RichHandler

@@ -99,6 +99,7 @@ def train_one(config: Config, train_rows: Any, test_rows: Any) -> None:
     import torch
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
+    from transformers.utils import logging as transformers_logging
 
     from . import loop
     from .evaluate.report import write_report
@@ -106,6 +107,7 @@ def train_one(config: Config, train_rows: Any, test_rows: Any) -> None:
 
     run = Path(config.output_dir)
     mixed = precision(config.train.mixed_precision)
+    transformers_logging.disable_progress_bar()  # ours is the one that tells
     AcceleratorState._reset_state()  # a run before this one may have had another precision
     accelerator = Accelerator(mixed_precision=mixed)
     torch.manual_seed(config.seed)
