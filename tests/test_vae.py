@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -185,3 +186,13 @@ def test_what_ours_does_not_do_is_refused():
         VAE.from_diffusers(AutoencoderKL(block_out_channels=(32,), latent_channels=1, latents_mean=(0.5,)))
     with pytest.raises(ValueError, match="scale > 0"):
         VAE(block_out_channels=(32,)).set_latent_scale(LatentScale(float("inf"), 0.0))
+
+
+def test_a_pickle_is_read_only_when_asked_for(tmp_path: Path) -> None:
+    theirs = stock(next(iter(FORMS)))
+    theirs.save_pretrained(tmp_path, safe_serialization=False)
+    assert [f.suffix for f in tmp_path.glob("diffusion_pytorch_model*")] == [".bin"]
+    with pytest.raises(OSError, match="safetensors"):
+        VAE.from_diffusers(tmp_path)
+    ours = VAE.from_diffusers(tmp_path, use_safetensors=False)
+    assert torch.equal(ours.state_dict()["decoder.conv_out.weight"], theirs.state_dict()["decoder.conv_out.weight"])

@@ -54,13 +54,15 @@ class Network(nn.Module):
 
         Args:
             source: a stock model, a folder that holds one, or a hub name.
-            kw: what ``from_pretrained`` takes (``subfolder``, ``dtype``, ``variant``).
+            kw: what ``from_pretrained`` takes (``subfolder``, ``dtype``, ``variant``). Only safetensors are read,
+                unless ``use_safetensors=False`` asks for a pickle.
         Raises:
             ValueError: the stock config uses an option that ours does not have, or the weights do not fit.
+            OSError: no such folder, or no safetensors in it.
         """
         model: Any = source
         if isinstance(source, str | Path):
-            model = cls.stock_class().from_pretrained(str(source), **kw)
+            model = cls.stock_class().from_pretrained(str(source), **{"use_safetensors": True, **kw})
         meta = [name for name, p in model.named_parameters() if p.is_meta]
         if meta:
             raise ValueError(f"{source}: the file lacks {len(meta)} weights of {cls.stock}, the first is {meta[0]}")
