@@ -43,21 +43,13 @@ class Cond:
         """Each row n times in a row: prompts 0, 0, …, 1, 1, …"""
         return self.map(lambda x: x.repeat_interleave(n, dim=0))
 
-    def where(self, keep: Tensor, other: Cond) -> Cond:
-        """This conditioning in the rows where ``keep`` (B,) is true, ``other``'s (1 or B rows) elsewhere."""
-        return _zip(lambda a, b: torch.where(keep.view(-1, *[1] * (a.ndim - 1)), a, b.to(a.dtype)), (self, other))
-
     @staticmethod
     def cat(conds: Sequence[Cond]) -> Cond:
-        """Stack batches: rows of the first, then of the second, … They must bear the same fields."""
-        return _zip(lambda *xs: torch.cat(xs), conds)
-
-
-def _zip(f: Callable[..., Tensor], conds: Sequence[Cond]) -> Cond:
-    joined = {}
-    for x in fields(Cond):
-        values = [getattr(c, x.name) for c in conds]
-        if any(v is None for v in values) != all(v is None for v in values):
-            raise ValueError(f"Conds do not fit together: `{x.name}` is given in some of them only")
-        joined[x.name] = None if values[0] is None else f(*values)
-    return Cond(**joined)
+        """Stack batches: rows of the first, then of the second, … Raises ValueError where fields differ."""
+        joined = {}
+        for x in fields(Cond):
+            values = [getattr(c, x.name) for c in conds]
+            if any(v is None for v in values) != all(v is None for v in values):
+                raise ValueError(f"Conds do not fit together: `{x.name}` is given in some of them only")
+            joined[x.name] = None if values[0] is None else torch.cat(values)
+        return Cond(**joined)
