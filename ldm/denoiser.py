@@ -15,12 +15,13 @@ from .prediction import Prediction
 
 
 class Denoised(NamedTuple):
-    """What is known of a noisy x_t (B, …): the clean x0, the noise eps, and the network's own output."""
+    """What is known of a noisy x_t (B, …): the clean x0, the noise eps, the network's own output, and with learned
+    variance where between beta tilde (0) and beta (1) the log-variance of a step back lies (``learned_variance``)."""
 
     x0: Tensor
     eps: Tensor
     output: Tensor
-    log_var: Tensor | None = None
+    var_frac: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -28,15 +29,17 @@ class TimeInput:
     """What the network's time embedding sees: scale t + offset, and with ``floor`` the integer below.
 
     DDPM's chain of T steps: ``TimeInput(T, offset=-1)``. SD3: ``TimeInput(1000)``. A flow in Stable Diffusion's
-    pipelines, whose schedulers cut the time to an integer: ``TimeInput(1000, floor=True)``.
+    pipelines, whose schedulers cut the time to an integer: ``TimeInput(1000, floor=True)``. EDM, which is told
+    log(sigma) / 4 and not t: ``TimeInput(0.25, log_sigma=True)``.
     """
 
     scale: float = 1000.0
     offset: float = 0.0
     floor: bool = False
+    log_sigma: bool = False  # of log(sigma / alpha) in the place of t
 
-    def __call__(self, t: Tensor) -> Tensor:
-        time = self.scale * t + self.offset
+    def __call__(self, t: Tensor, path: Path) -> Tensor:
+        time = self.scale * (-path.log_snr(t) / 2 if self.log_sigma else t) + self.offset
         return time.floor() if self.floor else time
 
 
@@ -47,16 +50,25 @@ class Denoiser(nn.Module):
         net: called as ``net(x, time, cond)``; may be wrapped (DDP, FSDP, compiled).
         path, prediction: what x_t is and what the output is.
         time_input: what the network is told of t; SD3's convention if not given.
+        learned_variance: the network gives twice the channels, the second half v in [-1, 1] for the variance of a
+            step back, exp(f log beta + (1 - f) log beta tilde) with f = (v + 1) / 2 (Nichol & Dhariwal 2021, eq. 15).
     """
 
     def __init__(
-        self, net: Callable[..., Tensor], path: Path, prediction: Prediction, time_input: TimeInput | None = None
+        self,
+        net: Callable[..., Tensor],
+        path: Path,
+        prediction: Prediction,
+        time_input: TimeInput | None = None,
+        *,
+        learned_variance: bool = False,
     ):
         super().__init__()
         self.net = net
         self.path = path
         self.prediction = prediction
         self.time_input = TimeInput() if time_input is None else time_input
+        self.learned_variance = learned_variance
 
     @overload
     def forward(self, x_t: Tensor, t: Tensor, cond: Cond, *, one_batch: bool = True) -> Denoised: ...
@@ -88,12 +100,26 @@ class Denoiser(nn.Module):
         return answers[0] if isinstance(cond, Cond) else answers
 
     def interpret(self, x_t: Tensor, t: Tensor, output: Tensor) -> Denoised:
-        """x0 and eps from an output of the network, in float32 at least."""
+        """x0 and eps from an output of the network, in float32 at least. With learned variance an output of x_t's
+        own channels is taken as the first half, and ``var_frac`` is left out."""
         x_t = x_t.to(_wide(x_t))
-        output = output.to(_wide(x_t))
+        output, var_frac = self._split(x_t, output.to(_wide(x_t)))
         check_shapes(x_t, t, output=output)
         c = self.path.coeffs(_on(t, x_t), x_t.ndim)
-        return Denoised(self.prediction.to_x0(x_t, output, c), self.prediction.to_eps(x_t, output, c), output)
+        x0, eps = self.prediction.to_x0(x_t, output, c), self.prediction.to_eps(x_t, output, c)
+        return Denoised(x0, eps, output, var_frac)
+
+    def _split(self, x: Tensor, output: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The output proper, and the fraction of ``Denoised.var_frac`` where the network tells it."""
+        if not self.learned_variance or output.shape == x.shape:
+            return output, None
+        if output.ndim != x.ndim or output.shape[1] != 2 * x.shape[1]:
+            raise ValueError(
+                f"learned_variance: the network gave {tuple(output.shape)} for latents {tuple(x.shape)}; expected "
+                "twice their channels"
+            )
+        output, v = output.chunk(2, dim=1)
+        return output, (v + 1) / 2
 
     def loss(self, x0: Tensor, t: Tensor, cond: Cond, *, eps: Tensor) -> Tensor:
         """Mean squared error against the prediction's target, (B,): a mean over all but the rows.
@@ -109,6 +135,7 @@ class Denoiser(nn.Module):
         x_t = c.alpha * x0 + c.sigma * eps
         target = self.prediction.target(x0, eps, c)
         (output,) = self._ask(x_t, t, [cond])
+        output, _ = self._split(x_t, output)
         if output.shape != target.shape:
             raise ValueError(f"the network gave {tuple(output.shape)} for latents {tuple(target.shape)}")
         return (output.to(target.dtype) - target).square().flatten(1).mean(1)
@@ -118,7 +145,7 @@ class Denoiser(nn.Module):
         rows, n = x_t.shape[0], len(conds)
         c = self.path.coeffs(_on(t, x_t), x_t.ndim)
         x = (self.prediction.scale_input(c) * x_t).to(self._net_dtype(x_t))
-        time = self.time_input(t)
+        time = self.time_input(t, self.path)
         if t.ndim == 0 and t.device.type == "cpu":
             time = torch.full((rows,), time.item(), device=x_t.device)  # a fill: a copy from the CPU would wait
         else:

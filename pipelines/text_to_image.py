@@ -201,7 +201,7 @@ class TextToImagePipeline(DiffusionPipeline):
             def on_step(i: int, t: Tensor, x: Tensor, denoised: Denoised) -> Tensor | None:
                 bar.update()
                 if callback_on_step_end is not None:
-                    time = self.schedule.time_input(t)
+                    time = self.schedule.time_input(t, self.schedule.path)
                     x = (callback_on_step_end(self, i, time, {"latents": x}) or {}).get("latents", x)
                 if self._interrupt:
                     raise _Interrupted(x)

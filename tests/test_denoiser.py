@@ -70,7 +70,7 @@ def test_answer_is_the_prediction_of_the_output() -> None:
     torch.testing.assert_close(answer.output, output)
     torch.testing.assert_close(answer.x0, d.prediction.to_x0(x, output, c))
     torch.testing.assert_close(answer.eps, d.prediction.to_eps(x, output, c))
-    assert answer.log_var is None
+    assert answer.var_frac is None
     again = d.interpret(x, t, output)
     assert torch.equal(again.x0, answer.x0) and torch.equal(again.eps, answer.eps)
 

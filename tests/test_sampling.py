@@ -253,11 +253,13 @@ def test_flow_grids_are_the_stock_ones(shift: float) -> None:
         euler.set_timesteps(n)
         times = time_grid(RectifiedFlow(), n, shift=shift, spacing="flow_match")
         assert torch.equal(times.float(), torch.as_tensor(euler.sigmas))
-        assert torch.equal(TimeInput(1000)(times[:-1]).float(), euler.timesteps)
+        assert torch.equal(TimeInput(1000)(times[:-1], RectifiedFlow()).float(), euler.timesteps)
         dpm.set_timesteps(n)
         times = time_grid(RectifiedFlow(), n, shift=shift, spacing="flow_sigmas")
         assert torch.equal(times.float(), torch.as_tensor(dpm.sigmas))
-        assert torch.equal(TimeInput(1000, floor=True)(times[:-1]).long(), dpm.timesteps)  # integers: no tolerance
+        assert torch.equal(
+            TimeInput(1000, floor=True)(times[:-1], RectifiedFlow()).long(), dpm.timesteps
+        )  # integers: no tolerance
 
 
 def test_flow_match_shifts_its_low_end_twice() -> None:
@@ -271,7 +273,7 @@ def test_chain_grids_are_the_stock_ones(spacing: Any) -> None:
         stock = DDIMScheduler(timestep_spacing=spacing)
         stock.set_timesteps(n)
         times = time_grid(CHAIN, n, spacing=spacing)
-        assert torch.equal(INTEGER(times[:-1]).round().long(), stock.timesteps) and times[-1] == 0
+        assert torch.equal(INTEGER(times[:-1], CHAIN).round().long(), stock.timesteps) and times[-1] == 0
 
 
 def test_uniform_grid_and_its_shift() -> None:

@@ -172,7 +172,7 @@ def test_what_has_no_stock_form_says_so_and_still_has_ours(path, prediction) -> 
             lambda: trained_as(SD15 | {"_class_name": "DDIMScheduler", "prediction_type": "flow"}),
             "'flow' is not one of",
         ),
-        (lambda: trained_as(SD15 | {"beta_schedule": "sigmoid"}), "'sigmoid' is not one of"),
+        (lambda: trained_as(SD15 | {"beta_schedule": "warmup"}), "'warmup' is not one of"),
     ],
 )
 def test_bad_input_is_named(call, says: str) -> None:

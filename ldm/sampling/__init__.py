@@ -6,9 +6,10 @@ from collections.abc import Callable
 
 from torch import Tensor
 
+from .common import noise_like
 from .grids import GRIDS, check_times, time_grid
 from .ode import dpmpp_2m, euler, heun
-from .sde import ddim, ddpm, noise_like
+from .sde import ddim, ddpm
 
 SAMPLERS: dict[str, Callable[..., Tensor]] = {
     "ddim": ddim,

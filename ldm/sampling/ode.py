@@ -1,4 +1,4 @@
-"""Samplers of the probability-flow ODE. Their form is described in ``sde``."""
+"""Samplers of the probability-flow ODE. Their form is described in ``common``."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import math
 from torch import Tensor
 
 from ..paths import Path
-from .sde import Callback, Denoise, Generators, ddim, seen, start
+from .common import Callback, Denoise, Generators, seen, start
+from .sde import ddim
 
 
 def euler(
