@@ -9,8 +9,9 @@ from typing import NamedTuple, overload
 import torch
 from torch import Tensor, nn
 
+from .bound import step_bound
 from .cond import Cond
-from .paths import Path, check_shapes
+from .paths import Coeffs, DiscreteVP, Path, check_shapes
 from .prediction import Prediction
 
 
@@ -52,6 +53,7 @@ class Denoiser(nn.Module):
         time_input: what the network is told of t; SD3's convention if not given.
         learned_variance: the network gives twice the channels, the second half v in [-1, 1] for the variance of a
             step back, exp(f log beta + (1 - f) log beta tilde) with f = (v + 1) / 2 (Nichol & Dhariwal 2021, eq. 15).
+        vb_weight: lambda of their hybrid loss (eq. 16), which ``loss`` then is.
     """
 
     def __init__(
@@ -62,6 +64,7 @@ class Denoiser(nn.Module):
         time_input: TimeInput | None = None,
         *,
         learned_variance: bool = False,
+        vb_weight: float = 0.001,
     ):
         super().__init__()
         self.net = net
@@ -69,6 +72,7 @@ class Denoiser(nn.Module):
         self.prediction = prediction
         self.time_input = TimeInput() if time_input is None else time_input
         self.learned_variance = learned_variance
+        self.vb_weight = vb_weight
 
     @overload
     def forward(self, x_t: Tensor, t: Tensor, cond: Cond, *, one_batch: bool = True) -> Denoised: ...
@@ -85,11 +89,11 @@ class Denoiser(nn.Module):
         less memory.
 
         Raises:
-            ValueError: shapes do not fit, or a t of shape () on the CPU lies outside [0, 1] or where this
-                prediction says nothing of x0.
+            ValueError: shapes do not fit, or a t on the CPU lies outside [0, 1] or where this prediction says
+                nothing of x0.
         """
         check_shapes(x_t, t)
-        self._check_time(t)
+        self._check_time(t, self.prediction.needs_signal)
         conds = [cond] if isinstance(cond, Cond) else list(cond)
         x = x_t.to(_wide(x_t))
         if one_batch:
@@ -105,7 +109,7 @@ class Denoiser(nn.Module):
         x_t = x_t.to(_wide(x_t))
         output, var_frac = self._split(x_t, output.to(_wide(x_t)))
         check_shapes(x_t, t, output=output)
-        c = self.path.coeffs(_on(t, x_t), x_t.ndim)
+        c = self._coeffs(t, x_t)
         x0, eps = self.prediction.to_x0(x_t, output, c), self.prediction.to_eps(x_t, output, c)
         return Denoised(x0, eps, output, var_frac)
 
@@ -122,34 +126,60 @@ class Denoiser(nn.Module):
         return output, (v + 1) / 2
 
     def loss(self, x0: Tensor, t: Tensor, cond: Cond, *, eps: Tensor) -> Tensor:
-        """Mean squared error against the prediction's target, (B,): a mean over all but the rows.
+        """Mean squared error against the prediction's target, (B,): L_simple, a mean over all but the rows.
+
+        With learned variance L_simple + vb_weight T L_{t-1} (Nichol & Dhariwal 2021, eq. 16): one term of the bound,
+        in bits/dim as in their code, stands for all T, and does not move the mean. T is the chain's, 1000 on a path
+        that is none; a t between two nodes is taken up to the next.
 
         Args:
             x0: (B, …) data. eps: the same shape, standard normal. t: () or (B,).
         Raises:
-            ValueError: shapes do not fit.
+            ValueError: shapes do not fit, or a t on the CPU lies outside [0, 1], or with learned variance where this
+                prediction says nothing of x0.
         """
         check_shapes(x0, t, eps=eps)
+        self._check_time(t)
+        if self.learned_variance:
+            t = self._node(t)
+            self._check_time(t, self.prediction.needs_signal)
         x0, eps = x0.to(_wide(x0)), eps.to(_wide(x0))
-        c = self.path.coeffs(_on(t, x0), x0.ndim)
+        c = self._coeffs(t, x0)
         x_t = c.alpha * x0 + c.sigma * eps
         target = self.prediction.target(x0, eps, c)
-        (output,) = self._ask(x_t, t, [cond])
-        output, _ = self._split(x_t, output)
+        (told,) = self._ask(x_t, t, [cond])
+        output, var_frac = self._split(x_t, told.to(target.dtype))
         if output.shape != target.shape:
             raise ValueError(f"the network gave {tuple(output.shape)} for latents {tuple(target.shape)}")
-        return (output.to(target.dtype) - target).square().flatten(1).mean(1)
+        simple = (output - target).square().flatten(1).mean(1)
+        if not self.learned_variance:
+            return simple
+        if var_frac is None:
+            raise ValueError(f"learned_variance: the network gave {tuple(told.shape)}; expected twice the channels")
+        fixed = self.interpret(x_t, t, output.detach())._replace(var_frac=var_frac)  # the mean is L_simple's business
+        before = (t * self._steps - 1).round() / self._steps
+        bound = step_bound(self.path, x0, x_t, fixed, before, t, variance="learned")
+        return simple + self.vb_weight * self._steps * bound
+
+    @property
+    def _steps(self) -> int:
+        return self.path.num_train_timesteps if isinstance(self.path, DiscreteVP) else 1000
+
+    def _node(self, t: Tensor) -> Tensor:
+        """t, or the chain's next node above, in float64. One told in float32 is not taken for a time above it."""
+        return (t.double() * self._steps - 1e-3).ceil().clamp(1, self._steps) / self._steps
 
     def _ask(self, x_t: Tensor, t: Tensor, conds: list[Cond]) -> list[Tensor]:
         """One call of the network for all Conds: rows of the first, then of the second, …"""
         rows, n = x_t.shape[0], len(conds)
-        c = self.path.coeffs(_on(t, x_t), x_t.ndim)
+        c = self._coeffs(t, x_t)
         x = (self.prediction.scale_input(c) * x_t).to(self._net_dtype(x_t))
         time = self.time_input(t, self.path)
         if t.ndim == 0 and t.device.type == "cpu":
-            time = torch.full((rows,), time.item(), device=x_t.device)  # a fill: a copy from the CPU would wait
+            # a fill: a copy from the CPU would wait
+            time = torch.full((rows,), time.item(), device=x.device, dtype=_wide(x))
         else:
-            time = time.to(x_t.device, torch.float32).expand(rows)
+            time = time.to(x.device, _wide(x)).expand(rows)
         conds = [_rows(one, rows) for one in conds]
         if n == 1:
             return [self.net(x, time, conds[0])]
@@ -163,26 +193,29 @@ class Denoiser(nn.Module):
         parameters = self.net.parameters() if isinstance(self.net, nn.Module) else iter(())
         return next((p.dtype for p in parameters if p.is_floating_point()), x.dtype)
 
-    def _check_time(self, t: Tensor) -> None:
-        if t.ndim or t.device.type != "cpu":  # to look would make the host wait for the device
+    def _coeffs(self, t: Tensor, x: Tensor) -> Coeffs:
+        """At t, for x and in its dtype. A scalar stays on the CPU (torch takes it as a number), so that nothing waits
+        for a copy."""
+        if t.ndim == 0:
+            return self.path.coeffs(t, x.ndim)
+        return Coeffs(*(v.to(x.dtype) for v in self.path.coeffs(t.to(x.device), x.ndim)))
+
+    def _check_time(self, t: Tensor, needs_signal: bool = False) -> None:
+        if t.device.type != "cpu" or torch.compiler.is_compiling():  # to look would make the host wait for the device
             return
-        if not 0 <= t.item() <= 1:
-            raise ValueError(f"t is {t.item()}; expected a time in [0, 1], 0 at the data and 1 at the noise")
-        if self.prediction.needs_signal and self.path.alpha(t).item() == 0:
+        wrong = t[~((t >= 0) & (t <= 1))]
+        if len(wrong):
+            raise ValueError(f"t is {wrong[0].item()}; expected a time in [0, 1], 0 at the data and 1 at the noise")
+        if needs_signal and not self.path.alpha(t).all():
             name, path = type(self.prediction).__name__, type(self.path).__name__
             raise ValueError(
-                f"{name} says nothing of x0 at t = {t.item():g}, where {path} has alpha = 0: start the grid below, "
-                "or train with V, X0 or Flow"
+                f"{name} says nothing of x0 at t = {t.max().item():g}, where {path} has alpha = 0: start the grid "
+                "below, or train with V, X0 or Flow"
             )
 
 
 def _wide(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
-
-
-def _on(t: Tensor, x: Tensor) -> Tensor:
-    """t where x is; a scalar stays on the CPU (torch takes it as a number), so that nothing waits for a copy."""
-    return t if t.ndim == 0 else t.to(x.device)
 
 
 def _rows(cond: Cond, rows: int) -> Cond:

@@ -107,7 +107,7 @@ def sample_latents(
 
     Args:
         cond, uncond: B rows each, or one for all. ``uncond`` is needed where ``guidance_scale`` is above 1.
-        noise: of unit variance; brought here to the variance that the path has at t = 1.
+        noise: of unit variance; brought here to that from which the schedule starts.
         steps: of the sampler; the grid is the schedule's own.
         rescale: classifier-free guidance's rescaling of the standard deviation, 0 to 1.
         sampler: a name in ``ldm.sampling.SAMPLERS``; the schedule's own by default.
@@ -130,10 +130,16 @@ def sample_latents(
         uncond = cond
     uncond = uncond.to(net.device, net.dtype)
     denoise = classifier_free(denoiser, cond, uncond, guidance_scale, rescale=rescale)
-    end = torch.ones((), dtype=torch.float64)
-    spread = torch.hypot(schedule.path.alpha(end), schedule.path.sigma(end)).item()  # 1 but for exploding variance
+    times = schedule.times(steps)
+    own = schedule.sampler_options if name == schedule.sampler else {}
     return SAMPLERS[name](
-        denoise, schedule.path, noise * spread, schedule.times(steps), generator=generator, callback=on_step, **options
+        denoise,
+        schedule.path,
+        noise * schedule.spread(times),
+        times,
+        generator=generator,
+        callback=on_step,
+        **{**own, **options},
     )
 
 

@@ -3,6 +3,9 @@
 import os
 import random
 import sys
+import textwrap
+from collections import Counter
+from pathlib import Path
 
 import pytest
 
@@ -21,3 +24,15 @@ def seeded() -> None:
         numpy.random.seed(0)
     if torch := sys.modules.get("torch"):
         torch.manual_seed(0)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """How many ran in each file, and by name what was skipped: no comparison is left out in silence."""
+    ran: Counter[str] = Counter()
+    for outcome in ("passed", "failed"):
+        ran.update(Path(r.nodeid.split("::")[0]).stem for r in terminalreporter.stats.get(outcome, []))
+    counts = ", ".join(f"{name.removeprefix('test_')} {n}" for name, n in sorted(ran.items()))
+    for line in textwrap.wrap(f"ran: {counts or 'nothing'}", 120):
+        terminalreporter.write_line(line)
+    for report in terminalreporter.stats.get("skipped", []):
+        terminalreporter.write_line(f"skipped: {report.nodeid}")

@@ -263,6 +263,26 @@ def test_inspect_data(ldm: Callable[..., Said], place: Path) -> None:
     refused(ldm("inspect", "data", place / "gone"), "no such folder")
 
 
+def test_inspect_path(ldm: Callable[..., Said], place: Path, tmp_path: Path) -> None:
+    config, picture = place / "unet.yaml", tmp_path / "red.png"
+    Image.new("RGB", (40, 30), "red").save(picture)
+    sheets = []
+    for name in ("rectified_flow", "discrete", "ve"):
+        out = tmp_path / name / "path.png"
+        assert str(out) in ldm("inspect", "path", config, f"path.name={name}", "--picture", picture, "-o", out).out
+        with Image.open(out) as drawn:
+            sheets.append(np.asarray(drawn.convert("RGB")))
+    assert sheets[0].shape == sheets[1].shape and (sheets[0] != sheets[1]).mean() > 0.02
+    # the first small picture is the red one, the last is noise
+    height, width = sheets[0].shape[:2]
+    row = sheets[0][int(height * 0.8)]
+    assert row[width // 10].tolist() == [255, 0, 0] and row[-width // 5 : -width // 20].std() > 40
+    refused(ldm("inspect", "path", place / "clip.yaml"), "a clip task has no path")
+    refused(ldm("inspect", "path", config, place / "clip.yaml"), "expected one config file")
+    refused(ldm("inspect", "path", config, "--picture", place / "gone.png"), "no such picture file")
+    refused(ldm("inspect", "path", config, "-o", tmp_path / "path.xyz"), "name of a picture file")
+
+
 def test_inspect_model(ldm: Callable[..., Said], pipeline: Path, place: Path) -> None:
     said = ldm("inspect", "model", pipeline)
     assert said.code == 0, said

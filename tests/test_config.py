@@ -248,9 +248,25 @@ def test_files_that_are_no_config(tmp_path: Path):
         ("unet", {"model.block_out_channels": [64, 65]}, "65 is not a multiple of model.norm_num_groups 32"),
         ("unet", {"model.attention_head_dim": 5}, "64 does not divide into 5 heads"),
         ("unet", {"model.attention_levels": [True]}, "one entry for each"),
+    ],
+)
+def test_contradictions_in_one_config(kind: str, changes: dict, message: str):
+    with pytest.raises(ConfigError, match=f"^here.yaml: .*{message}"):
+        parse(merged(MINIMAL[kind], changes), "here.yaml")
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "message"),
+    [
         ("unet", {"prediction_type": "epsilon"}, "epsilon with path.name rectified_flow has no stock pipeline"),
         ("unet", {"path.name": "discrete"}, "flow_prediction with path.name discrete has no stock pipeline"),
+        ("unet", {"path.name": "cosine", "prediction_type": "v_prediction"}, "path.name cosine has no stock pipeline"),
         ("mmdit", {"path.name": "discrete", "prediction_type": "epsilon"}, "mmdit needs path.name rectified_flow"),
+        (
+            "unet",
+            {"path": {"name": "discrete", "rescale_betas_zero_snr": True}, "prediction_type": "epsilon"},
+            "epsilon says nothing at the last step",
+        ),
         (
             "unet",
             {"path.name": "discrete", "prediction_type": "epsilon", "timesteps.shift": 3.0},
@@ -258,9 +274,36 @@ def test_files_that_are_no_config(tmp_path: Path):
         ),
     ],
 )
-def test_contradictions_in_one_config(kind: str, changes: dict, message: str):
-    with pytest.raises(ConfigError, match=f"^here.yaml: .*{message}"):
-        parse(merged(MINIMAL[kind], changes), "here.yaml")
+def test_what_no_stock_pipeline_samples_is_not_trained(kind: str, changes: dict, message: str):
+    config = parse(merged(MINIMAL[kind], changes), "here.yaml")  # to be drawn by `ldm inspect path`
+    with pytest.raises(ConfigError, match=message):
+        check_together([config])
+
+
+def test_sections_of_several_kinds(tmp_path: Path):
+    """A kind is told by its name, its keys are its own, and all of it comes back from the file."""
+    changes = {
+        "path": {"name": "discrete", "beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02},
+        "prediction_type": "v_prediction",
+        "timesteps": {"name": "mode", "scale": 0.5, "stratified": True},
+        "weighting": {"name": "min_snr", "gamma": 3.0},
+    }
+    config = parse(merged(MINIMAL["unet"], changes), "x")
+    assert isinstance(config, DiffusionConfig)
+    assert (config.path.name, config.path.num_train_timesteps, config.weighting.gamma) == ("discrete", 1000, 3.0)
+    (tmp_path / "config.yaml").write_text(dump(config))
+    assert load(tmp_path / "config.yaml") == config
+    assert load(written(tmp_path, MINIMAL["unet"]), ["path.name=ve", "path.sigma_max=20"]).path.sigma_max == 20
+    for section, given, message in [
+        ("path", {"name": "karas"}, r"`path`: .*'rectified_flow', 'cosine'"),
+        ("path", {"name": "ve", "sigma_min": 1}, r"unknown key `path\.sigma_min`; did you mean `sigma_max`"),
+        ("path", {"beta_schedule": "linear"}, r"unknown key `path\.beta_schedule`"),  # rectified flow, by default
+        ("timesteps", {"name": "log_normal", "std": 0}, r"`timesteps\.std`: .*greater than 0"),
+        ("weighting", {"name": "min_snr", "gama": 5}, r"unknown key `weighting\.gama`; did you mean `gamma`"),
+        ("weighting", "min_snr", r"`weighting`: .*got 'min_snr'"),
+    ]:
+        with pytest.raises(ConfigError, match=f"^here.yaml: {message}"):
+            parse(MINIMAL["unet"] | {section: given}, "here.yaml")
 
 
 # --- several configs -------------------------------------------------------------------------------------------------

@@ -12,7 +12,6 @@ from ldm.cond import Cond
 from ldm.denoiser import Denoiser, TimeInput
 from ldm.paths import CosineVP, DiscreteVP, Path, RectifiedFlow
 from ldm.prediction import PREDICTIONS, X0, Eps, Flow, Karras, V
-from ldm.timesteps import TIMESTEPS, logit_normal, shift, stratified, uniform
 
 
 class Net(nn.Module):
@@ -190,33 +189,3 @@ def test_no_signal_and_a_prediction_that_divides_by_it(path: Path, name: str) ->
         d(latents(), one, tokens(3, 0))
     assert d(latents(), 0.999 * one, tokens(3, 0)).x0.isfinite().all()
     assert denoiser(V(), path)(latents(), one, tokens(3, 0)).x0.isfinite().all()
-
-
-# --- timesteps ---------------------------------------------------------------------------------------------------
-
-
-def test_logit_normal_is_the_sigmoid_of_a_normal() -> None:
-    u = (torch.arange(20_000, dtype=torch.float64) + 0.5) / 20_000
-    z = torch.logit(logit_normal(u, mean=0.7, std=1.3))
-    # quantiles at equal distances: a Riemann sum, whose tails are cut at 4 standard deviations
-    assert abs(z.mean().item() - 0.7) < 1e-3 and abs(z.std().item() - 1.3) < 1e-3
-    torch.testing.assert_close(logit_normal(u), 1 - logit_normal(u).flip(0))
-    assert {"uniform": uniform, "logit_normal": logit_normal} == TIMESTEPS and torch.equal(uniform(u), u)
-    with pytest.raises(ValueError, match="std"):
-        logit_normal(u, std=0.0)
-
-
-def test_shift_changes_the_odds_of_noise() -> None:
-    t = torch.linspace(0.01, 0.99, 99, dtype=torch.float64)
-    moved = shift(t, 3.0)
-    torch.testing.assert_close(moved / (1 - moved), 3 * t / (1 - t))  # SD3, eq. 23: sigma / alpha times s
-    torch.testing.assert_close(shift(moved, 1 / 3), t)
-    assert torch.equal(shift(t, 1.0), t) and shift(torch.tensor([0.0, 1.0]), 5.0).tolist() == [0, 1]
-    with pytest.raises(ValueError, match="shift"):
-        shift(t, 0.0)
-
-
-def test_stratified_has_one_in_each_part() -> None:
-    u = torch.rand(64, generator=torch.Generator().manual_seed(0))
-    s = stratified(u)
-    assert torch.equal((s * 64).floor(), torch.arange(64.0)) and ((s > 0) & (s < 1)).all()

@@ -19,8 +19,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from ldm.paths import CosineVP, DiscreteVP, RectifiedFlow
-from ldm.prediction import Flow, V
+from ldm.paths import VE, CosineVP, DiscreteVP, RectifiedFlow
+from ldm.prediction import Flow, Karras, V
 from ldm.sampling import SAMPLERS
 from pipelines.core import Parts, generate, start_latents
 from pipelines.folder import export, load_parts, save_parts
@@ -28,7 +28,7 @@ from pipelines.schedulers import default_schedule
 from pipelines.text_to_image import TextToImagePipeline
 from tests import tiny
 
-FORMS = ["unet", "mmdit", "unet_v"]
+FORMS = ["unet", "mmdit", "unet_v", "unet_edm"]
 PROMPTS, NEGATIVE = ["a red apple", "grinning face", "a zebra in a fire engine and much more than fits"], "green"
 CALL = dict(num_inference_steps=20, guidance_scale=3.0)
 PICTURE = (4, 8, 8)  # latents of one picture
@@ -66,6 +66,8 @@ def parts(form: str, **kw) -> Parts:
     path, prediction = RectifiedFlow(), Flow()
     if form == "unet_v":
         path, prediction = DiscreteVP(schedule="scaled_linear", beta_start=0.00085, beta_end=0.012), V()
+    if form == "unet_edm":
+        path, prediction = VE(80.0), Karras(0.7)
     shift = {"unet": 2.0, "mmdit": 3.0}.get(form, 1.0)
     schedule = default_schedule(path, prediction, family, shift)
     net = tiny.mmdit() if form == "mmdit" else tiny.unet()
@@ -536,7 +538,7 @@ def test_a_scheduler_without_a_counterpart_still_tells_how_the_network_was_train
     PNDMScheduler.from_config(scheduler.config, skip_prk_steps=True).save_pretrained(folder / "scheduler")
     edit(INDEX, scheduler=["diffusers", "PNDMScheduler"])(folder)
     assert load_parts(folder).schedule == folders["unet_v"].parts.schedule
-    assert "PNDMScheduler" in caplog.text and "ddim" in caplog.text
+    assert "PNDMScheduler" in caplog.text and "dpmpp_2m" in caplog.text
 
 
 def test_a_hub_name_that_cannot_be_had_says_so():

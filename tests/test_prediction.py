@@ -8,10 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from ldm.paths import Coeffs, CosineVP, DiscreteVP, LinearVP, Path, RectifiedFlow
+from ldm.paths import NCSN, VE, Coeffs, CosineVP, DiscreteVP, LinearVP, Path, RectifiedFlow, SigmoidVP
 from ldm.prediction import PREDICTIONS, X0, Eps, Flow, Karras, Prediction, Score, V
 
-PATHS = [RectifiedFlow(), CosineVP(), LinearVP(), DiscreteVP(), DiscreteVP(zero_terminal_snr=True)]
+PATHS = [RectifiedFlow(), CosineVP(), LinearVP(), SigmoidVP(), VE(), NCSN(), DiscreteVP(),
+         DiscreteVP(zero_terminal_snr=True)]  # fmt: skip
 KINDS: list[Prediction] = [Eps(), X0(), V(), Flow(), Score(), Karras(0.5), Karras(1.0), Karras(2.5)]
 
 
@@ -32,6 +33,20 @@ def test_cycle(path: Path, kind: Prediction) -> None:
     # float64 has 1e-16; at t = 0.01 or 0.99 the algebra divides by as little as 1e-3, once or twice
     torch.testing.assert_close(kind.to_x0(x, output, c), x0, rtol=0, atol=1e-9)
     torch.testing.assert_close(kind.to_eps(x, output, c), eps, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("path", PATHS, ids=repr)
+@pytest.mark.parametrize("kind", KINDS, ids=repr)
+@pytest.mark.parametrize("other", KINDS, ids=repr)
+def test_any_output_says_the_same_in_every_other_language(path: Path, kind: Prediction, other: Prediction) -> None:
+    """An output, right or wrong, told as another prediction and back again."""
+    _, _, x, c = sample(path)
+    output = torch.randn(x.shape, generator=torch.Generator().manual_seed(1), dtype=x.dtype)
+    x0, eps = kind.to_x0(x, output, c), kind.to_eps(x, output, c)
+    told = other.target(x0, eps, c)
+    back = kind.target(other.to_x0(x, told, c), other.to_eps(x, told, c), c)
+    scale = max(1.0, output.abs().max().item(), x0.abs().max().item(), eps.abs().max().item(), told.abs().max().item())
+    assert (back - output).abs().max() < 1e-9 * scale
 
 
 @pytest.mark.parametrize("path", PATHS, ids=repr)

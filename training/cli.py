@@ -16,7 +16,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 data_app = typer.Typer(help="Make a data set.", no_args_is_help=True)
-inspect_app = typer.Typer(help="Say what is inside a data set or a pipeline folder.", no_args_is_help=True)
+inspect_app = typer.Typer(
+    help="Say what is inside a data set or a pipeline folder, or draw a path.", no_args_is_help=True
+)
 app.add_typer(data_app, name="data")
 app.add_typer(inspect_app, name="inspect")
 
@@ -227,6 +229,37 @@ def inspect_model(folder: str) -> None:
     )
     height, width = parts.size
     print(f"pictures: {width}x{height}, latents of {parts.channels} channels, {parts.vae.latent_scale}")
+
+
+@inspect_app.command("path")
+def inspect_path(
+    configs: Configs,
+    picture: Annotated[Path | None, typer.Option(help="Picture to drown in noise; a drawn one if left out.")] = None,
+    out: Annotated[Path, typer.Option("-o", "--out", help="Picture file to write.")] = Path("path.png"),
+) -> None:
+    """Draw a diffusion config's alpha, sigma, log-SNR and beta, and a picture on its way to noise."""
+    from .config import load
+    from .fit import ConfigError
+    from .schema import DiffusionConfig
+
+    files = [c for c in configs if "=" not in c]
+    if len(files) != 1:
+        raise ConfigError(f"inspect path: expected one config file, got {len(files)}")
+    config = load(files[0], [c for c in configs if "=" in c])
+    if not isinstance(config, DiffusionConfig):
+        raise ConfigError(f"{files[0]}: a {config.task} task has no path from data to noise; a diffusion task has")
+    if picture is not None and not picture.is_file():
+        raise ConfigError(f"{picture}: no such picture file")
+    import torch
+
+    from .evaluate.schedule import chart, draw_path
+    from .objective import path_of
+    from .pictures import decode
+
+    pixels = chart()
+    if picture is not None:
+        pixels = torch.from_numpy(decode(picture.read_bytes(), 256)).float() / 127.5 - 1
+    print(draw_path(path_of(config.path), pixels, out))
 
 
 @app.command()

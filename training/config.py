@@ -8,13 +8,13 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import yaml
 from pydantic import BaseModel, Field, TypeAdapter, ValidationError
 
 from .fit import ConfigError, contradiction
-from .schema import AutoencoderConfig, ClipConfig, Config, DiffusionConfig, MMDiTModel, Pretrained, UNetModel
+from .schema import AutoencoderConfig, ClipConfig, Config, DiffusionConfig, Pretrained
 
 _ADAPTER: TypeAdapter[Config] = TypeAdapter(Annotated[Config, Field(discriminator="task")])
 _TASKS = {"autoencoder": AutoencoderConfig, "clip": ClipConfig, "diffusion": DiffusionConfig}
@@ -122,24 +122,33 @@ def _override(raw: dict[str, Any], text: str) -> None:
 
 
 def _explain(error: Any, root: type[BaseModel]) -> str:
-    loc = [str(x) for x in error["loc"][1:]]  # the first is the task's tag
-    tagged = root is DiffusionConfig and loc[0] == "model"
-    names = loc[:1] + loc[2:] if tagged else loc  # without the model's name
+    fields, names = _follow(root, [str(x) for x in error["loc"][1:]])  # the first is the task's tag
     key = ".".join(names)
     if error["type"] == "extra_forbidden":
-        return f"unknown key `{key}`{_did_you_mean(names[-1], _fields_at(root, loc[:-1]))}"
+        return f"unknown key `{key}`{_did_you_mean(names[-1], fields)}"
     if error["type"] == "missing":
         return f"`{key}` is missing"
     return f"`{key}`: {error['msg'].lower()}, got {error['input']!r}"
 
 
-def _fields_at(model: Any, loc: Sequence[str]) -> list[str]:
+def _follow(model: Any, loc: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The keys known at the place of an error, and its path as it is written in the file: without the names of kinds
+    that pydantic puts in."""
+    names: list[str] = []
     for part in loc:
-        if isinstance(model, type) and issubclass(model, BaseModel) and part in model.model_fields:
+        kinds = {kind.model_fields["name"].annotation: kind for kind in get_args(model) if _is_section(kind)}
+        tagged = next((kind for name, kind in kinds.items() if part in get_args(name)), None)
+        if tagged is not None:
+            model = tagged
+            continue
+        names.append(part)
+        if _is_section(model) and part in model.model_fields:
             model = model.model_fields[part].annotation
-        elif part in ("unet", "mmdit"):
-            model = UNetModel if part == "unet" else MMDiTModel
-    return list(model.model_fields) if isinstance(model, type) and issubclass(model, BaseModel) else []
+    return list(model.model_fields) if _is_section(model) else [], names
+
+
+def _is_section(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, BaseModel)
 
 
 def _did_you_mean(word: str, names: Any) -> str:

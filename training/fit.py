@@ -12,6 +12,7 @@ from .schema import (
     ClipConfig,
     Config,
     DiffusionConfig,
+    DiscretePath,
     MMDiTModel,
     Run,
     UNetModel,
@@ -55,16 +56,6 @@ def contradiction(config: Config) -> str | None:
             return f"model.block_out_channels {bad[0]} does not divide into {model.attention_head_dim} heads"
         if model.attention_levels is not None and len(model.attention_levels) != len(model.block_out_channels):
             return "model.attention_levels needs one entry for each of model.block_out_channels"
-    if isinstance(config, DiffusionConfig):
-        if (config.path.name == "rectified_flow") != (config.prediction_type == "flow_prediction"):
-            return (
-                f"prediction_type {config.prediction_type} with path.name {config.path.name} has no stock pipeline; "
-                "rectified_flow goes with flow_prediction, discrete with epsilon, v_prediction or sample"
-            )
-        if isinstance(model, MMDiTModel) and config.path.name != "rectified_flow":
-            return "model.name mmdit needs path.name rectified_flow: SD3's pipeline knows no other"
-        if config.path.name == "discrete" and config.timesteps.shift != 1:
-            return "timesteps.shift needs path.name rectified_flow"
     return None
 
 
@@ -89,7 +80,32 @@ def check_together(configs: Sequence[Config]) -> None:
         made[where] = config
 
 
+def no_stock_form(config: DiffusionConfig) -> str | None:
+    """Why no stock pipeline could sample what this config trains."""
+    path, kind = config.path, config.prediction_type
+    known = {
+        "rectified_flow": ("flow_prediction",), "discrete": ("epsilon", "v_prediction", "sample"), "ve": ("karras",),
+    }  # fmt: skip
+    if kind not in known.get(path.name, ()):
+        return (
+            f"prediction_type {kind} with path.name {path.name} has no stock pipeline; "
+            "rectified_flow goes with flow_prediction, discrete with epsilon, v_prediction or sample, ve with karras"
+        )
+    if isinstance(path, DiscretePath) and path.rescale_betas_zero_snr and kind == "epsilon":
+        return (
+            "path.rescale_betas_zero_snr: epsilon says nothing at the last step, which has no signal; "
+            "take prediction_type v_prediction or sample"
+        )
+    if isinstance(config.model, MMDiTModel) and path.name != "rectified_flow":
+        return "model.name mmdit needs path.name rectified_flow: SD3's pipeline knows no other"
+    if path.name != "rectified_flow" and config.timesteps.shift != 1:
+        return "timesteps.shift needs path.name rectified_flow"
+    return None
+
+
 def _check_diffusion(config: DiffusionConfig, made: Mapping[Path, Config]) -> None:
+    if problem := no_stock_form(config):
+        raise ConfigError(f"{config.output_dir}: {problem}")
     vae, text = config.vae.pretrained, config.text.pretrained
     source = part(vae, AutoencoderConfig, made, "vae.pretrained")
     factor = shift = None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 
 class Section(BaseModel):
@@ -12,7 +12,13 @@ class Section(BaseModel):
 
 
 Positive = Annotated[int, Field(gt=0)]
+AboveZero = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
+
+
+def or_kind(default: str) -> BeforeValidator:
+    """Of a section of several kinds, told apart by their ``name``: without one it is the default kind."""
+    return BeforeValidator(lambda given: {"name": default, **given} if isinstance(given, dict) else given)
 
 
 class Data(Section):
@@ -31,12 +37,12 @@ class Data(Section):
 class Optimizer(Section):
     """Fused AdamW (Loshchilov & Hutter 2019) with the usual schedules."""
 
-    learning_rate: Annotated[float, Field(gt=0)] = 1e-4
+    learning_rate: AboveZero = 1e-4
     adam_beta1: Share = 0.9
     adam_beta2: Share = 0.999
-    adam_epsilon: Annotated[float, Field(gt=0)] = 1e-8
+    adam_epsilon: AboveZero = 1e-8
     adam_weight_decay: Annotated[float, Field(ge=0)] = 0.01
-    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    max_grad_norm: AboveZero = 1.0
     lr_scheduler: Literal["constant", "constant_with_warmup", "linear", "cosine"] = "constant_with_warmup"
     lr_warmup_images: Annotated[int, Field(ge=0)] = 0
 
@@ -93,7 +99,7 @@ class AutoencoderLoss(Section):
     gan_start: Annotated[int, Field(ge=0)] = 0  # images seen before the critic joins
     critic_channels: Positive = 64
     critic_layers: Positive = 3
-    critic_learning_rate: Annotated[float, Field(gt=0)] = 1e-4
+    critic_learning_rate: AboveZero = 1e-4
 
 
 class AutoencoderConfig(Run):
@@ -158,17 +164,129 @@ class MMDiTModel(Section):
     pos_embed_max_size: Positive = 32
 
 
-class PathSection(Section):
-    name: Literal["rectified_flow", "discrete"] = "rectified_flow"
-    beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = "scaled_linear"  # discrete only
+class RectifiedFlowPath(Section):
+    name: Literal["rectified_flow"] = "rectified_flow"
+
+
+class CosinePath(Section):
+    name: Literal["cosine"]
+
+
+class LinearPath(Section):
+    name: Literal["linear"]
+    beta_min: AboveZero = 0.1
+    beta_max: AboveZero = 20.0
+
+
+class SigmoidPath(Section):
+    name: Literal["sigmoid"]
+    start: float = -3.0
+    end: float = 3.0
+    tau: AboveZero = 1.0
+
+
+class VEPath(Section):
+    name: Literal["ve"]
+    sigma_max: AboveZero = 80.0
+
+
+class NCSNPath(Section):
+    name: Literal["ncsn"]
+    sigma_min: AboveZero = 0.01
+    sigma_max: AboveZero = 50.0
+
+
+class DiscretePath(Section):
+    """The betas of diffusers' schedulers, under their names."""
+
+    name: Literal["discrete"]
+    beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid"] = "scaled_linear"
+    beta_start: AboveZero = 0.00085
+    beta_end: AboveZero = 0.012
     num_train_timesteps: Positive = 1000
+    rescale_betas_zero_snr: bool = False
 
 
-class Timesteps(Section):
-    name: Literal["uniform", "logit_normal"] = "logit_normal"
+PathSection = Annotated[
+    RectifiedFlowPath | CosinePath | LinearPath | SigmoidPath | VEPath | NCSNPath | DiscretePath,
+    Field(discriminator="name"),
+    or_kind("rectified_flow"),
+]
+
+
+class Times(Section):
+    shift: AboveZero = 1.0  # SD3's, in training and in the exported scheduler
+    stratified: bool = False  # one time in each of batch_size equal parts: less noise in a batch's loss
+
+
+class UniformTimes(Times):
+    name: Literal["uniform"]
+
+
+class LogitNormalTimes(Times):
+    name: Literal["logit_normal"] = "logit_normal"
     mean: float = 0.0
-    std: Annotated[float, Field(gt=0)] = 1.0
-    shift: Annotated[float, Field(gt=0)] = 1.0  # SD3's, in training and in the exported scheduler
+    std: AboveZero = 1.0
+
+
+class ModeTimes(Times):
+    name: Literal["mode"]
+    scale: float = 1.29
+
+
+class LogNormalTimes(Times):
+    """EDM's P_mean and P_std, of log(sigma / alpha)."""
+
+    name: Literal["log_normal"]
+    mean: float = -1.2
+    std: AboveZero = 1.2
+
+
+Timesteps = Annotated[
+    UniformTimes | LogitNormalTimes | ModeTimes | LogNormalTimes,
+    Field(discriminator="name"),
+    or_kind("logit_normal"),
+]
+
+
+class UnitWeight(Section):
+    name: Literal["unit"] = "unit"
+
+
+class MinSNRWeight(Section):
+    name: Literal["min_snr"]
+    gamma: AboveZero = 5.0
+
+
+class P2Weight(Section):
+    name: Literal["p2"]
+    gamma: Annotated[float, Field(ge=0)] = 1.0
+    k: AboveZero = 1.0
+
+
+class DebiasedWeight(Section):
+    name: Literal["debiased"]
+
+
+class SigmoidWeight(Section):
+    name: Literal["sigmoid"]
+    bias: float = 0.0
+
+
+class EDMWeight(Section):
+    name: Literal["edm"]
+    sigma_data: AboveZero = 0.5
+
+
+class CosmapWeight(Section):
+    name: Literal["cosmap"]
+
+
+Weighting = Annotated[
+    UnitWeight | MinSNRWeight | P2Weight | DebiasedWeight | SigmoidWeight | EDMWeight | CosmapWeight,
+    Field(discriminator="name"),
+    or_kind("unit"),
+]
 
 
 class Pretrained(Section):
@@ -187,9 +305,13 @@ class DiffusionConfig(Run):
     vae: Pretrained
     text: Pretrained
     model: Annotated[UNetModel | MMDiTModel, Field(discriminator="name")]
-    path: PathSection = PathSection()
-    prediction_type: Literal["flow_prediction", "epsilon", "v_prediction", "sample"] = "flow_prediction"
-    timesteps: Timesteps = Timesteps()
+    path: PathSection = RectifiedFlowPath()
+    prediction_type: Literal["flow_prediction", "epsilon", "v_prediction", "sample", "score", "karras"] = (
+        "flow_prediction"
+    )
+    sigma_data: AboveZero = 1.0  # of karras: the latents' standard deviation, which scaling brings to 1
+    timesteps: Timesteps = LogitNormalTimes()
+    weighting: Weighting = UnitWeight()
     caption_dropout: Share = 0.1
     sample: Sample = Sample()
 

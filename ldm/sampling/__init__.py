@@ -7,18 +7,38 @@ from collections.abc import Callable
 from torch import Tensor
 
 from .common import noise_like
+from .dynamics import annealed_langevin, euler_maruyama, langevin, predictor_corrector
+from .exponential import dpmpp, dpmpp_2m, dpmpp_2m_sde, dpmpp_2s, dpmpp_2s_sde, dpmpp_3m, dpmpp_3m_sde, unipc
 from .grids import GRIDS, check_times, time_grid
-from .ode import dpmpp_2m, euler, heun
+from .multistep import lms, pndm
+from .ode import ddim_inversion, euler, flow_heun, heun, midpoint, rk45
 from .sde import ddim, ddpm
 
 SAMPLERS: dict[str, Callable[..., Tensor]] = {
-    "ddim": ddim,
     "ddpm": ddpm,
+    "ddim": ddim,
     "euler": euler,
+    "euler_ancestral": ddpm,  # the same step: its sigma_up and sigma_down are the posterior's
     "heun": heun,
+    "flow_heun": flow_heun,
+    "midpoint": midpoint,
+    "rk45": rk45,
     "dpmpp_2m": dpmpp_2m,
+    "dpmpp_2m_sde": dpmpp_2m_sde,
+    "dpmpp_2s": dpmpp_2s,
+    "dpmpp_2s_sde": dpmpp_2s_sde,
+    "dpmpp_3m": dpmpp_3m,
+    "dpmpp_3m_sde": dpmpp_3m_sde,
+    "unipc": unipc,
+    "lms": lms,
+    "pndm": pndm,
+    "euler_maruyama": euler_maruyama,
+    "predictor_corrector": predictor_corrector,
+    "annealed_langevin": annealed_langevin,
 }
 
 __all__ = [
-    "GRIDS", "SAMPLERS", "check_times", "ddim", "ddpm", "dpmpp_2m", "euler", "heun", "noise_like", "time_grid",
+    "GRIDS", "SAMPLERS", "annealed_langevin", "check_times", "ddim", "ddim_inversion", "ddpm", "dpmpp", "dpmpp_2m",
+    "dpmpp_2m_sde", "dpmpp_2s", "dpmpp_2s_sde", "dpmpp_3m", "dpmpp_3m_sde", "euler", "euler_maruyama", "flow_heun",
+    "heun", "langevin", "lms", "midpoint", "noise_like", "pndm", "predictor_corrector", "rk45", "time_grid", "unipc",
 ]  # fmt: skip

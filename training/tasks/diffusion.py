@@ -18,9 +18,6 @@ from ldm.models.mmdit import MMDiT
 from ldm.models.text import TextEncoder
 from ldm.models.unet import UNet
 from ldm.models.vae import VAE
-from ldm.paths import DiscreteVP, RectifiedFlow
-from ldm.prediction import PREDICTIONS
-from ldm.timesteps import TIMESTEPS, shift
 from pipelines.core import Parts, generate
 from pipelines.folder import save_parts
 from pipelines.schedulers import default_schedule
@@ -30,8 +27,9 @@ from ..cache import encode
 from ..data import Rows
 from ..evaluate.grids import picture_grid
 from ..loop import Batch
+from ..objective import path_of, prediction_of, times, weights
 from ..preflight import Sizes
-from ..schema import DiffusionConfig, MMDiTModel, PathSection, UNetModel
+from ..schema import DiffusionConfig, MMDiTModel, UNetModel
 from .common import made, player
 
 PROBED = 64  # rows whose loss is followed at fixed times and noise
@@ -66,9 +64,9 @@ class DiffusionTask:
 
         channels = vae.config["latent_channels"]
         net = network(config, Sizes(vae.factor, channels, text.width, text.max_length, text.pooled_width))
-        path, prediction = path_of(config.path), PREDICTIONS[config.prediction_type]()
+        path, prediction = path_of(config.path), prediction_of(config)
         self.parts = Parts(net, vae, text, default_schedule(path, prediction, family, config.timesteps.shift))
-        self.time = partial(times, config)
+        self.time, self.weight = partial(times, config, path), partial(weights, config, path, prediction)
 
         flip = config.data.random_flip
         with accelerator.main_process_first():
@@ -91,9 +89,9 @@ class DiffusionTask:
 
     def loss(self, batch: Batch, images: int) -> tuple[Tensor, dict[str, Tensor]]:
         z, cond = self._latents(batch)
-        t = self.time(rng.uniform(self.seed, batch["index"], (), Stream.TIME))
+        t = self.time(rng.uniform(self.seed, batch["index"], (), Stream.TIME), batch["index"])
         eps = rng.normal(self.seed, batch["index"], z.shape[1:], Stream.NOISE)
-        loss = self.denoiser.loss(z, t, cond, eps=eps).mean()
+        loss = (self.weight(t) * self.denoiser.loss(z, t, cond, eps=eps)).mean()
         return loss, {"loss": loss}
 
     @torch.no_grad()
@@ -138,19 +136,6 @@ class DiffusionTask:
         """``RUN/pipeline``: a folder that stock diffusers opens."""
         with self.players[0].ema.swapped():
             save_parts(self.run / "pipeline", self.parts)
-
-
-def times(config: DiffusionConfig, u: Tensor) -> Tensor:
-    """Uniform numbers (B,) -> the times to train at."""
-    section = config.timesteps
-    options: dict[str, Any] = {"mean": section.mean, "std": section.std} if section.name == "logit_normal" else {}
-    return shift(TIMESTEPS[section.name](u, **options), section.shift)
-
-
-def path_of(section: PathSection) -> RectifiedFlow | DiscreteVP:
-    if section.name == "rectified_flow":
-        return RectifiedFlow()
-    return DiscreteVP(schedule=section.beta_schedule, num_train_timesteps=section.num_train_timesteps)
 
 
 def text_encoder(name: str, family: str, joint_width: int | None) -> TextEncoder:
