@@ -349,7 +349,7 @@ def test_edm_trains_as_its_paper_says() -> None:
 def test_flow_matching_and_score_matching_are_what_they_are_called() -> None:
     x0, eps = data()
     t = TIMES[:, None]
-    time = (1000 * TIMES).float()
+    time = 1000 * TIMES
     out = network((1 - t) * x0 + t * eps, time, NONE)
     flow = Denoiser(network, FLOW, Flow()).loss(x0, TIMES, NONE, eps=eps)
     torch.testing.assert_close(flow, (out - (eps - x0)).square().mean(1), rtol=1e-12, atol=0)
