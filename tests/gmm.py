@@ -119,3 +119,24 @@ def three_modes() -> Mixture:
         torch.tensor([[-1.5, 0.0], [1.2, 1.2], [0.9, -1.5]]),
         torch.tensor([[[0.10, 0.04], [0.04, 0.06]], [[0.05, -0.03], [-0.03, 0.09]], [[0.04, 0.01], [0.01, 0.12]]]),
     )
+
+
+def gaussian(
+    path: Path, mean: float = 1.5, std: float = 0.6, calls: list[float] | None = None
+) -> Callable[[Tensor, Tensor], Denoised]:
+    """The exact denoiser of data N(mean, std^2), each coordinate by itself; notes the times that it is asked for."""
+
+    def denoise(x: Tensor, t: Tensor) -> Denoised:
+        if calls is not None:
+            calls.append(t.item())
+        alpha, sigma = path.alpha(t), path.sigma(t)
+        residual = (x - alpha * mean) / (alpha**2 * std**2 + sigma**2)
+        return Denoised(mean + alpha * std**2 * residual, sigma * residual, x)
+
+    return denoise
+
+
+def flow_of_gaussian(path: Path, x: Tensor, t: Tensor, s: Tensor, mean: float = 1.5, std: float = 0.6) -> Tensor:
+    """Where the probability-flow ODE takes x from t to s: it keeps the quantile."""
+    spread = [torch.sqrt((path.alpha(u) * std) ** 2 + path.sigma(u) ** 2) for u in (t, s)]
+    return path.alpha(s) * mean + spread[1] / spread[0] * (x - path.alpha(t) * mean)

@@ -16,33 +16,12 @@ from ldm.paths import NCSN, VE, CosineVP, DiscreteVP, LinearVP, Path, RectifiedF
 from ldm.prediction import PREDICTIONS, Flow
 from ldm.process import posterior, transition
 from ldm.sampling import ddim, ddim_inversion, ddpm, euler, flow_heun, heun, midpoint, rk45, time_grid
+from tests.gmm import flow_of_gaussian, gaussian
 
-MEAN, STD = 0.8, 0.6
+MEAN, STD = 1.5, 0.6  # of the Gaussian
 ONE = torch.ones((), dtype=torch.float64)
 PATHS = [RectifiedFlow(), CosineVP(), LinearVP(), SigmoidVP(), VE(20.0), NCSN(), DiscreteVP(),
          DiscreteVP(zero_terminal_snr=True)]  # fmt: skip
-
-
-def gaussian(path: Path, calls: list[float] | None = None):
-    """The exact denoiser of data N(MEAN, STD^2); notes the times that it is asked for."""
-
-    def denoise(x: Tensor, t: Tensor) -> Denoised:
-        if calls is not None:
-            calls.append(t.item())
-        alpha, sigma = path.alpha(t), path.sigma(t)
-        residual = (x - alpha * MEAN) / (alpha**2 * STD**2 + sigma**2)
-        return Denoised(MEAN + alpha * STD**2 * residual, sigma * residual, x)
-
-    return denoise
-
-
-def flow(path: Path, x: Tensor, t: Tensor, s: Tensor) -> Tensor:
-    """Where the ODE takes x from t to s: it keeps the quantile."""
-
-    def spread(t: Tensor) -> Tensor:
-        return torch.sqrt((path.alpha(t) * STD) ** 2 + path.sigma(t) ** 2)
-
-    return path.alpha(s) * MEAN + spread(s) / spread(t) * (x - path.alpha(t) * MEAN)
 
 
 def starts(path: Path) -> Tensor:
@@ -78,7 +57,7 @@ def test_where_variance_explodes_the_two_kinds_of_heun_are_one() -> None:
 @pytest.mark.parametrize(("sampler", "calls"), [(heun, 8), (flow_heun, 9), (midpoint, 10)])
 def test_how_often_the_network_is_asked(sampler, calls: int) -> None:
     path, seen = RectifiedFlow(), []
-    sampler(gaussian(path, seen), path, starts(path), time_grid(path, 5))
+    sampler(gaussian(path, calls=seen), path, starts(path), time_grid(path, 5))
     assert len(seen) == calls  # heun: no second look from alpha = 0, nor at the end
 
 
@@ -107,7 +86,7 @@ def test_churn_keeps_the_law(sampler, path: Path) -> None:
 def test_churned_time_is_where_the_noise_is_and_never_above_the_path() -> None:
     path, seen = VE(20.0), []
     times = torch.tensor([1.0, 0.5, 0.2, 0.0], dtype=torch.float64)
-    euler(gaussian(path, seen), path, starts(path), times, s_churn=math.inf, s_tmin=5.0)
+    euler(gaussian(path, calls=seen), path, starts(path), times, s_churn=math.inf, s_tmin=5.0)
     # the first is at the path's end already, the second grows by sqrt(2), the third (sigma = 4) lies below s_tmin
     assert seen == pytest.approx([1.0, 0.5 * math.sqrt(2), 0.2], abs=1e-12)
 
@@ -128,8 +107,8 @@ def test_without_churn_euler_is_ddim() -> None:
 @pytest.mark.parametrize("tolerance", [1e-4, 1e-7])
 def test_rk45_keeps_its_tolerance(path: Path, end: float, tolerance: float) -> None:
     x, times, seen = starts(path), torch.tensor([1.0, 0.37, end], dtype=torch.float64), []
-    found = rk45(gaussian(path, seen), path, x, times, rtol=tolerance, atol=tolerance)
-    exact = flow(path, x, times[0], times[-1])
+    found = rk45(gaussian(path, calls=seen), path, x, times, rtol=tolerance, atol=tolerance)
+    exact = flow_of_gaussian(path, x, times[0], times[-1])
     # the tolerance is that of a step; some steps add up, and y = x / hypot(alpha, sigma) is what it is held for
     scale = math.hypot(path.alpha(times[-1]).item(), path.sigma(times[-1]).item())
     assert (found - exact).abs().max() < 30 * tolerance * scale

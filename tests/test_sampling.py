@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
@@ -22,6 +21,7 @@ from ldm.guidance import classifier_free
 from ldm.paths import CosineVP, DiscreteVP, LinearVP, Path, RectifiedFlow
 from ldm.prediction import PREDICTIONS, Eps, Flow, V
 from ldm.sampling import SAMPLERS, noise_like, time_grid
+from tests.gmm import flow_of_gaussian, gaussian
 
 NONE = Cond(torch.zeros(1, 1, 1))
 CHAIN, ZERO = DiscreteVP(), DiscreteVP(zero_terminal_snr=True)
@@ -30,27 +30,7 @@ INTEGER = TimeInput(1000, offset=-1)
 
 # --- a Gaussian, whose denoiser and whose flow are known -----------------------------------------------------------
 
-MEAN, STD = 1.5, 0.6
-
-
-def gaussian(path: Path) -> Callable[[Tensor, Tensor], Denoised]:
-    """E[x0 | x_t] and E[eps | x_t] for data N(MEAN, STD^2)."""
-
-    def denoise(x: Tensor, t: Tensor) -> Denoised:
-        alpha, sigma = path.alpha(t), path.sigma(t)
-        residual = (x - alpha * MEAN) / (alpha**2 * STD**2 + sigma**2)
-        return Denoised(MEAN + alpha * STD**2 * residual, sigma * residual, x)
-
-    return denoise
-
-
-def flow_of_gaussian(path: Path, x: Tensor, t: Tensor, s: Tensor) -> Tensor:
-    """Where the probability-flow ODE takes x from t to s: it keeps the quantile."""
-
-    def spread(t: Tensor) -> Tensor:
-        return torch.sqrt((path.alpha(t) * STD) ** 2 + path.sigma(t) ** 2)
-
-    return path.alpha(s) * MEAN + spread(s) / spread(t) * (x - path.alpha(t) * MEAN)
+MEAN, STD = 1.5, 0.6  # of that Gaussian
 
 
 PATHS = {"flow": RectifiedFlow(), "cosine": CosineVP(), "linear": LinearVP(), "chain": CHAIN, "zero_snr": ZERO}

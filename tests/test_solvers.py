@@ -30,6 +30,7 @@ from ldm.sampling.exponential import (
     unipc,
 )
 from ldm.sampling.multistep import lms, pndm
+from tests import gmm
 
 MEAN, STD = 1.5, 0.3
 X = torch.linspace(-3, 3, 13, dtype=torch.float64)
@@ -48,23 +49,8 @@ SDE: dict[str, Callable[..., Tensor]] = {
 }  # fmt: skip
 ALL = {**ODE, **SDE}
 BY_NAME = pytest.mark.parametrize("name", ALL)
-
-
-def gaussian(path: Path) -> Callable[[Tensor, Tensor], Denoised]:
-    """E[x0 | x_t] and E[eps | x_t] for data N(MEAN, STD^2)."""
-
-    def denoise(x: Tensor, t: Tensor) -> Denoised:
-        alpha, sigma = path.alpha(t), path.sigma(t)
-        residual = (x - alpha * MEAN) / (alpha**2 * STD**2 + sigma**2)
-        return Denoised(MEAN + alpha * STD**2 * residual, sigma * residual, x)
-
-    return denoise
-
-
-def flow_of_gaussian(path: Path, x: Tensor, t: Tensor, s: Tensor) -> Tensor:
-    """Where the probability-flow ODE takes x from t to s: it keeps the quantile."""
-    spread = [torch.sqrt((path.alpha(u) * STD) ** 2 + path.sigma(u) ** 2) for u in (t, s)]
-    return path.alpha(s) * MEAN + spread[1] / spread[0] * (x - path.alpha(t) * MEAN)
+gaussian = partial(gmm.gaussian, mean=MEAN, std=STD)
+flow_of_gaussian = partial(gmm.flow_of_gaussian, mean=MEAN, std=STD)
 
 
 def graded(path: Path, n: int) -> Tensor:
