@@ -258,8 +258,12 @@ def test_each_move_leaves_the_other_player_untouched(made: Made, tmp_path: Path)
 
 @pytest.mark.parametrize("name", ["unet", "mmdit"])
 def test_stock_and_own_pipeline_give_equal_latents(made: Made, name: str) -> None:
-    ours = TextToImagePipeline.from_pretrained(made.pipeline(name))
-    stock = DiffusionPipeline.from_pretrained(made.pipeline(name))
+    assert_stock_draws_the_same(made.pipeline(name))
+
+
+def assert_stock_draws_the_same(folder: Path) -> None:
+    ours = TextToImagePipeline.from_pretrained(folder)
+    stock = DiffusionPipeline.from_pretrained(folder)
     assert type(stock).__module__.startswith("diffusers.")
     start = start_latents((2, 4, 8, 8), torch.Generator().manual_seed(5))
     given: dict[str, Any] = {"num_inference_steps": 20, "guidance_scale": 4.0, "output_type": "latent"}
@@ -269,6 +273,44 @@ def test_stock_and_own_pipeline_give_equal_latents(made: Made, name: str) -> Non
         out.append(pipe(PROMPTS[:2], latents=start.clone(), **given).images)
     assert out[0].shape == (2, 4, 8, 8) and out[0].std() > 0.1
     assert (out[0] - out[1]).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("recipe", "scheduler"),
+    [
+        (
+            {
+                "path": {"name": "discrete"}, "prediction_type": "v_prediction",
+                "timesteps": {"name": "uniform", "stratified": True}, "weighting": {"name": "min_snr"},
+            },
+            "DPMSolverMultistepScheduler",
+        ),
+        (
+            {
+                "path": {"name": "discrete", "rescale_betas_zero_snr": True}, "prediction_type": "v_prediction",
+                "weighting": {"name": "p2"},
+            },
+            "DDIMScheduler",
+        ),
+        (
+            {
+                "path": {"name": "ve"}, "prediction_type": "karras", "timesteps": {"name": "log_normal"},
+                "weighting": {"name": "edm", "sigma_data": 1.0},
+            },
+            "EDMEulerScheduler",
+        ),
+    ],
+    ids=["v", "zero_snr", "edm"],
+)  # fmt: skip
+def test_other_recipes_learn_and_open_in_stock(made: Made, tmp_path: Path, recipe: dict, scheduler: str) -> None:
+    raw = made.variant("unet", tmp_path / "unet", train__images=480, train__validate_every=240, **recipe)
+    train_all([parse(raw, "unet")])
+    rows = (tmp_path / "unet/log/metrics.jsonl").read_text().splitlines()
+    losses = [row["train_fixed_loss"] for row in map(json.loads, rows) if "train_fixed_loss" in row]
+    assert len(losses) == 2 and losses[1] < losses[0]
+    index = json.loads((tmp_path / "unet/pipeline/model_index.json").read_text())
+    assert index["scheduler"] == ["diffusers", scheduler]
+    assert_stock_draws_the_same(tmp_path / "unet/pipeline")
 
 
 @pytest.mark.parametrize("name", ["unet", "mmdit"])
