@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from .guidance import GUIDANCE, apg, autoguidance, classifier, classifier_free, dynamic_thresholding, interval
     from .latents import LatentScale
     from .likelihood import log_likelihood, variational_bound
-    from .models import VAE, MMDiT, TextEncoder, UNet
+    from .models import VAE, DiT, MMDiT, TextEncoder, UNet
     from .paths import NCSN, PATHS, VE, Coeffs, CosineVP, DiscreteVP, LinearVP, Path, RectifiedFlow, SigmoidVP
     from .prediction import PREDICTIONS, X0, Eps, Flow, Karras, Prediction, Score, V
     from .sampling import SAMPLERS, time_grid
@@ -27,7 +27,7 @@ __getattr__, __dir__ = attach(
         "denoiser": "Denoised Denoiser TimeInput",
         "guidance": "GUIDANCE apg autoguidance classifier classifier_free dynamic_thresholding interval",
         "latents": "LatentScale",
-        "models": "VAE MMDiT TextEncoder UNet",
+        "models": "VAE DiT MMDiT TextEncoder UNet",
         "likelihood": "log_likelihood variational_bound",
         "paths": "NCSN PATHS VE Coeffs CosineVP DiscreteVP LinearVP Path RectifiedFlow SigmoidVP",
         "prediction": "PREDICTIONS X0 Eps Flow Karras Prediction Score V",

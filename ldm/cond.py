@@ -20,6 +20,9 @@ class Cond:
         pooled: (B, P) one vector per prompt, diffusers' ``pooled_projections`` / ``text_embeds``.
         size_ids: (B, 6) SDXL's ``time_ids``: original size, crop corner, target size, in pixels.
         extra: (B, C', H, W) channels set beside the latents (masks, low-resolution pictures).
+        class_labels: (B,) whole numbers (the x4 upscaler's noise level), or (B, P) one vector per picture (unCLIP's
+            image embedding), as the network's ``class_embed_type`` says.
+        guidance: (B,) the guidance scale that a distilled network (LCM) imitates.
     """
 
     tokens: Tensor
@@ -27,6 +30,8 @@ class Cond:
     pooled: Tensor | None = None
     size_ids: Tensor | None = None
     extra: Tensor | None = None
+    class_labels: Tensor | None = None
+    guidance: Tensor | None = None
 
     def __len__(self) -> int:
         return self.tokens.shape[0]
@@ -37,7 +42,13 @@ class Cond:
         return replace(self, **{name: f(value) for name, value in given.items() if value is not None})
 
     def to(self, *args, **kwargs) -> Cond:
-        return self.map(lambda x: x.to(*args, **kwargs))
+        """``Tensor.to`` of every tensor; whole numbers keep their type (a label of 999 would be 1000 in bfloat16)."""
+
+        def move(x: Tensor) -> Tensor:
+            moved = x.to(*args, **kwargs)
+            return moved if x.is_floating_point() else x.to(moved.device)
+
+        return self.map(move)
 
     def repeat_interleave(self, n: int) -> Cond:
         """Each row n times in a row: prompts 0, 0, …, 1, 1, …"""

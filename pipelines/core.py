@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,7 +14,9 @@ from ldm.cond import Cond
 from ldm.denoiser import Denoised, Denoiser
 from ldm.guidance import classifier_free
 from ldm.models.base import Network
+from ldm.models.dit import DiT
 from ldm.models.text import TextEncoder
+from ldm.models.unet import UNet
 from ldm.models.vae import VAE
 from ldm.sampling import SAMPLERS
 
@@ -33,7 +36,8 @@ class Parts:
     schedule: Schedule
 
     def denoiser(self) -> Denoiser:
-        return Denoiser(self.net, self.schedule.path, self.schedule.prediction, self.schedule.time_input)
+        s, out = self.schedule, self.net.config.get("out_channels")
+        return Denoiser(self.net, s.path, s.prediction, s.time_input, learned_variance=out == 2 * self.channels)
 
     @property
     def channels(self) -> int:
@@ -88,6 +92,31 @@ def latent_shape(parts: Parts, rows: int, height: int | None = None, width: int 
     return rows, parts.channels, sides[0] // f, sides[1] // f
 
 
+def with_sizes(
+    net: Network,
+    cond: Cond,
+    height: int,
+    width: int,
+    original_size: tuple[int, int] | None = None,
+    crops_coords_top_left: tuple[int, int] = (0, 0),
+    target_size: tuple[int, int] | None = None,
+) -> Cond:
+    """``cond`` with the sizes that the network is told, where it is one that is told any: (height, width) in pixels.
+
+    SDXL (Podell et al. 2023, section 2.2): the original size, the corner of the crop, the size aimed at, (B, 6).
+    PixArt-alpha of 1024 pixels: height, width and height / width of the picture, (B, 3).
+    """
+    if isinstance(net, UNet) and net.config["addition_embed_type"] == "text_time":
+        size = (height, width)
+        row = [*(original_size or size), *crops_coords_top_left, *(target_size or size)]
+    elif isinstance(net, DiT) and net.sized:
+        row = [height, width, height / width]
+    else:
+        return cond
+    ids = torch.tensor([row], device=cond.tokens.device, dtype=torch.float32)
+    return replace(cond, size_ids=ids.expand(len(cond), -1))
+
+
 @torch.no_grad()
 def sample_latents(
     parts: Parts,
@@ -106,7 +135,8 @@ def sample_latents(
     """From noise (B, C, h, w) at t = 1 to normalized latents at t = 0.
 
     Args:
-        cond, uncond: B rows each, or one for all. ``uncond`` is needed where ``guidance_scale`` is above 1.
+        cond, uncond: B rows each, or one for all. ``uncond`` is needed where ``guidance_scale`` is above 1. Where
+            they lack the sizes that the network is told, these are the picture's own.
         noise: of unit variance; brought here to that from which the schedule starts.
         steps: of the sampler; the grid is the schedule's own.
         rescale: classifier-free guidance's rescaling of the standard deviation, 0 to 1.
@@ -123,12 +153,14 @@ def sample_latents(
     if steps < 1:
         raise ValueError(f"num_inference_steps is {steps}, expected 1 or more")
     denoiser, net = parts.denoiser(), parts.net
-    cond = cond.to(net.device, net.dtype)
     if uncond is None or guidance_scale <= 1:
         if guidance_scale > 1:
             raise ValueError(f"guidance_scale {guidance_scale} needs the conditioning to lead away from; give uncond")
         uncond = cond
-    uncond = uncond.to(net.device, net.dtype)
+    h, w = (side * parts.vae.factor for side in noise.shape[-2:])
+    cond, uncond = (
+        (c if c.size_ids is not None else with_sizes(net, c, h, w)).to(net.device, net.dtype) for c in (cond, uncond)
+    )
     denoise = classifier_free(denoiser, cond, uncond, guidance_scale, rescale=rescale)
     times = schedule.times(steps)
     own = schedule.sampler_options if name == schedule.sampler else {}
@@ -144,8 +176,15 @@ def sample_latents(
 
 
 @torch.no_grad()
-def decode(vae: VAE, latents: Tensor) -> Tensor:
-    """Normalized latents (B, C, h, w) -> pictures (B, 3, H, W) in [0, 1]."""
+def decode(vae: VAE, latents: Tensor, family: str = "sd") -> Tensor:
+    """Normalized latents (B, C, h, w) -> pictures (B, 3, H, W) in [0, 1].
+
+    Args:
+        family: of the text encoder. SDXL's autoencoder overflows in float16: there it decodes in float32 if its
+            config says ``force_upcast``, which the other families' stock pipelines do not look at.
+    """
+    if family == "sdxl" and vae.dtype == torch.float16 and vae.config["force_upcast"]:
+        vae = copy.deepcopy(vae).float()  # the caller's stays as it is
     raw = vae.latent_scale.denormalize(latents).to(vae.device, vae.dtype)
     return (vae.decode(raw) / 2 + 0.5).clamp(0, 1)
 
@@ -170,4 +209,4 @@ def generate(
         shape = latent_shape(parts, len(prompts), height, width)
         noise = start_latents(shape, generator, device=parts.net.device, dtype=parts.net.dtype)
     kw = dict(steps=steps, guidance_scale=guidance_scale, generator=generator) | kw
-    return decode(parts.vae, sample_latents(parts, cond, uncond, noise, **kw))
+    return decode(parts.vae, sample_latents(parts, cond, uncond, noise, **kw), parts.text.family)

@@ -13,28 +13,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
 from diffusers.utils import logging as diffusers_logging
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
 
 import ldm.paths
 from ldm.models.base import Network
-from ldm.models.text import (
-    EMPTY_TOKENS,
-    FAMILIES,
-    SECOND_WIDTH,
-    TextEncoder,
-    load_clip,
-    load_tokenizer,
-    quiet_transformers,
-)
+from ldm.models.dit import DiT
+from ldm.models.text import FAMILIES, TextEncoder
+from ldm.models.text_files import quiet_transformers, which_variant
 from ldm.models.vae import VAE
 from ldm.prediction import Prediction
 
+from .compare import compare
 from .core import Parts
 from .schedulers import default_schedule
-from .stock import FORMS, NOT_EMPTY, check_fit, form_of, is_empty, read_schedule, to_stock_pipeline
+from .stock import FORMS, Form, check_fit, read_schedule, text_settings, to_stock_pipeline
 
 log = logging.getLogger(__name__)
 INDEX = "model_index.json"
@@ -59,12 +52,13 @@ def export(
     Args:
         shift: of a flow's times, at which stock pipelines will sample.
     """
-    schedule = default_schedule(path, prediction, form_of(net).family, shift)
+    schedule = default_schedule(path, prediction, text.family, shift)
     return save_parts(folder, Parts(net, vae, text, schedule))
 
 
 def save_parts(folder: str | Path, parts: Parts) -> Path:
-    """Write the stock form: a UNet as ``StableDiffusionPipeline``, an MMDiT as ``StableDiffusion3Pipeline``.
+    """Write the stock form: a UNet as ``StableDiffusionPipeline`` or, with SDXL's added conditions,
+    ``StableDiffusionXLPipeline``; an MMDiT as ``StableDiffusion3Pipeline``; a DiT as one of PixArt's.
 
     It is written beside, opened again with the stock classes, compared with the parts given (every weight, and what
     each network answers), and only then renamed into place. A pipeline folder of the same name is replaced.
@@ -86,7 +80,7 @@ def save_parts(folder: str | Path, parts: Parts) -> Path:
             parts.text.forget_last_call()
             stock.save_pretrained(beside, safe_serialization=True)
             _write_for_older_readers(beside)
-            _compare(beside, parts)
+            compare(beside, parts)
             _move(beside, target)
         finally:
             shutil.rmtree(beside, ignore_errors=True)
@@ -128,89 +122,25 @@ def _move(beside: Path, target: Path) -> None:
 
 
 def _write_for_older_readers(folder: Path) -> None:
-    """transformers 4 wants the keys of a text tower prefixed, and a tokenizer's words and merges in two files.
-    transformers 5 reads both forms."""
-    weights = folder / "text_encoder" / "model.safetensors"
-    state = load_file(weights)
-    if not any(name.startswith("text_model.") for name in state):
-        save_file({f"text_model.{name}": value for name, value in state.items()}, weights, metadata={"format": "pt"})
+    """transformers 4 wants the keys of a text tower prefixed, a CLIP tokenizer's words and merges in two files, and
+    a T5 tokenizer called by its quick class. transformers 5 reads both forms."""
+    for weights in folder.glob("text_encoder*/model.safetensors"):
+        model_type = _read_json(weights.parent / "config.json").get("model_type")
+        state = load_file(weights)
+        if model_type == "clip_text_model" and not any(name.startswith("text_model.") for name in state):
+            save_file(
+                {f"text_model.{name}": value for name, value in state.items()}, weights, metadata={"format": "pt"}
+            )
+    index = _read_index(folder)
     for place in folder.glob("tokenizer*"):
+        if index[place.name][1] == "T5Tokenizer":
+            index[place.name][1] = "T5TokenizerFast"
         model = json.loads((place / "tokenizer.json").read_text(encoding="utf-8"))["model"]
-        (place / "vocab.json").write_text(json.dumps(model["vocab"], ensure_ascii=False), encoding="utf-8")
-        merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
-        (place / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]), encoding="utf-8")
-
-
-@torch.no_grad()
-def _compare(folder: Path, parts: Parts) -> None:
-    """Open with stock classes alone and compare: weights bit by bit, answers to rounding."""
-    net, vae, text = parts.net, parts.vae, parts.text
-    form = form_of(net)
-    # each in its own precision: the stock loader would open everything in single
-    dtypes = {form.net_name: net.dtype, "vae": vae.dtype, "text_encoder": text.dtype, "default": text.dtype}
-    again: Any = DiffusionPipeline.from_pretrained(folder, local_files_only=True, dtype=dtypes)
-    pairs = {form.net_name: net, "vae": vae, "text_encoder": text.model}
-    for name, ours in pairs.items():
-        stock = getattr(again, name).to(device=ours.device).eval()
-        there = dict(stock.named_parameters()) | dict(stock.named_buffers())
-        for key, value in ours.state_dict().items():
-            if key not in there or there[key].is_meta or not torch.equal(there[key], value):
-                raise RuntimeError(f"{folder}: {name}.{key} does not come back as it was; the export is given up")
-    again.to(net.device)
-
-    prompts = ["", "two things, and a third"]
-    with _evaluating(net, vae, text):
-        cond = text.encode(prompts)
-        pooled: dict[str, Tensor] = {}
-        if form.family == "sd":
-            tokens, _ = again.encode_prompt(prompts, net.device, 1, False)
-            _close(folder, "text_encoder", cond.tokens, tokens)
-        else:
-            answer = again.encode_prompt(prompts, None, None, device=net.device, do_classifier_free_guidance=False)
-            tokens, pooled = answer[0], {"pooled_projections": answer[2].to(net.dtype)}
-            unfolded = cond.tokens[:, -1:].expand(-1, EMPTY_TOKENS, -1)
-            _close(folder, "text_encoder", torch.cat([cond.tokens[:, :-1], unfolded], dim=1), tokens)
-        levels = len(net.config.get("block_out_channels", (0,)))
-        side = 2 * net.config.get("patch_size", 1) * 2 ** (levels - 1)  # small, and divisible as the network asks
-        x = _waves(2, net.config["in_channels"], side).to(net.device, net.dtype)
-        time = torch.tensor([3.0, 700.0], device=net.device)
-        stock_net = getattr(again, form.net_name)
-        output = stock_net(x, timestep=time, encoder_hidden_states=tokens.to(net.dtype), **pooled).sample
-        _close(folder, form.net_name, net(x, time, cond.to(net.device, net.dtype)), output)
-        picture = _waves(1, vae.config["in_channels"], 4 * vae.factor).to(vae.device, vae.dtype)
-        z = vae.encode(picture).mean
-        again.vae.to(vae.device)
-        _close(folder, "vae encoder", z, again.vae.encode(picture).latent_dist.mean)
-        _close(folder, "vae decoder", vae.decode(z), again.vae.decode(z).sample)
-
-
-def _waves(rows: int, channels: int, side: int) -> Tensor:
-    """Something of every frequency, without a random number: (rows, channels, side, side) in [-1, 1]."""
-    n = rows * channels * side * side
-    return torch.arange(n, dtype=torch.float32).square().mul(0.1).sin().view(rows, channels, side, side)
-
-
-def _close(folder: Path, name: str, ours: Tensor, stock: Tensor) -> None:
-    # kernels sum in another order: some float32 digits, or what half precision (and TF32 on a GPU) leaves of them
-    tolerance = 1e-4 if ours.dtype == torch.float32 and ours.device.type == "cpu" else 5e-2
-    ours, stock = ours.float(), stock.float().to(ours.device)
-    if ours.shape != stock.shape:
-        raise RuntimeError(f"{folder}: {name} answers {tuple(stock.shape)} in stock form, ours {tuple(ours.shape)}")
-    apart, size = (ours - stock).abs().max().item(), stock.abs().max().item()
-    if not apart <= tolerance * max(1.0, size):
-        raise RuntimeError(f"{folder}: {name} answers otherwise in stock form, by {apart:.1e}; the export is given up")
-
-
-@contextmanager
-def _evaluating(*modules: nn.Module) -> Iterator[None]:
-    modes = [(m, m.training) for module in modules for m in module.modules()]
-    for m, _ in modes:
-        m.training = False
-    try:
-        yield
-    finally:
-        for m, mode in modes:
-            m.training = mode
+        if model["type"] == "BPE":
+            (place / "vocab.json").write_text(json.dumps(model["vocab"], ensure_ascii=False), encoding="utf-8")
+            merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
+            (place / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]), encoding="utf-8")
+    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
 @contextmanager
@@ -241,11 +171,21 @@ def _umask() -> int:
 # --- in ----------------------------------------------------------------------------------------------------------
 
 
-def load_parts(folder: str | Path, dtype: torch.dtype = torch.float32) -> Parts:
+def load_parts(
+    folder: str | Path,
+    dtype: torch.dtype = torch.float32,
+    *,
+    variant: str | None = None,
+    t5: bool | None = True,
+    load_in_8bit: bool = False,
+) -> Parts:
     """The parts of a pipeline folder, ours or anybody's in the same form. No code that it names is imported.
 
     Args:
         dtype: of all weights, whatever the files have; the stock loader's default too.
+        variant: such as ``fp16``: of the files, where there are such.
+        t5: False or None leaves the T5 of an SD3 out.
+        load_in_8bit: T5 in 8 bits; needs bitsandbytes.
     Raises:
         ValueError: naming the file: no folder, no pipeline, a class that is not read here, weights missing.
     """
@@ -255,49 +195,53 @@ def load_parts(folder: str | Path, dtype: torch.dtype = torch.float32) -> Parts:
     index = _read_index(folder)
     name = index.get("_class_name")
     if not isinstance(name, str) or name not in FORMS:
-        raise ValueError(f"{folder / INDEX}: _class_name is {name!r}; {' and '.join(FORMS)} can be opened")
+        raise ValueError(f"{folder / INDEX}: _class_name is {name!r}; {', '.join(FORMS)} can be opened")
     form = FORMS[name]
-    kinds = {form.net_name: form.net.stock, "vae": VAE.stock, "text_encoder": FAMILIES[form.family].__name__}
-    for part, kind in kinds.items():
-        library = "transformers" if part == "text_encoder" else "diffusers"
-        if index.get(part) != [library, kind]:
-            raise ValueError(f"{folder / INDEX}: {part} is {index.get(part)}, expected {[library, kind]}")
-    if form.family == "sd3":
-        _check_empty(folder, index)
+    _check_classes(folder, form, index)
+    if variant is not None and not any(folder.glob(f"*/*.{variant}*.safetensors")):
+        raise ValueError(f"{folder}: no part has weights of variant {variant!r}")
     unread = [k for k in ("safety_checker", "image_encoder") if (index.get(k) or [None])[0]]
     if unread:
         log.info("%s: %s not used", folder, " and ".join(unread))
 
     files: dict[str, Any] = {"dtype": dtype, "local_files_only": True, "use_safetensors": True}
     with _quiet():
-        net = form.net.from_diffusers(_component(folder, form.net_name), **files)
-        vae = VAE.from_diffusers(_component(folder, "vae"), **files)
-        model = load_clip(_component(folder, "text_encoder"), FAMILIES[form.family], dtype=dtype)
-    width = net.config["joint_attention_dim"] if form.family == "sd3" else None
-    text = TextEncoder(load_tokenizer(folder / "tokenizer"), model, form.family, width)
+        place = _component(folder, form.net_name)
+        net = form.net.from_diffusers(place, **files, variant=which_variant(place, variant))
+        place = _component(folder, "vae")
+        vae = VAE.from_diffusers(place, **files, variant=which_variant(place, variant))
+        t5_settings = {"t5": t5, "load_in_8bit": load_in_8bit}
+        settings = text_settings(form, net, index)
+        text = TextEncoder.from_pretrained(folder, form.family, dtype=dtype, variant=variant, **t5_settings, **settings)
     check_fit(net, vae, text)
     schedule = read_schedule(_read_json(folder / "scheduler" / "scheduler_config.json"), form.family)
     return Parts(net.eval(), vae.eval(), text.eval(), schedule)
 
 
-def _check_empty(folder: Path, index: dict[str, Any]) -> None:
-    if not (index.get("text_encoder_2") or [None])[0]:
-        raise ValueError(f"{folder / INDEX}: text_encoder_2 is missing")
-    for part in ("text_encoder_2", "text_encoder_3"):
-        if (index.get(part) or [None])[0]:
-            place = _component(folder, part)
-            config, weights = _read_json(place / "config.json"), place / "model.safetensors"
-            small = config.get("hidden_size", config.get("d_ff")) in (1, SECOND_WIDTH)
-            if not small or not weights.is_file() or not is_empty(part, config, load_file(weights)):
-                raise ValueError(f"{place}: {NOT_EMPTY}")
+def _check_classes(folder: Path, form: Form, index: dict[str, Any]) -> None:
+    """Each part that is needed is there and of its class, before any weights are read."""
+    kinds = {form.net_name: ("diffusers", [form.net.stock]), "vae": ("diffusers", [VAE.stock])}
+    if form.net is DiT:
+        kinds[form.net_name][1].append("Transformer2DModel")  # what the first PixArt-alpha folders say
+    for part, classes in FAMILIES[form.family].items():
+        absent = (index.get(part) or [None])[0] is None
+        if absent and (form.family, part) in LEFT_OUT:
+            continue
+        kinds[part] = ("transformers", [kind.__name__ for kind in classes])
+    for part, (library, classes) in kinds.items():
+        if index.get(part) not in [[library, kind] for kind in classes]:
+            expected = " or ".join(str([library, kind]) for kind in classes)
+            raise ValueError(f"{folder / INDEX}: {part} is {index.get(part)}, expected {expected}")
+        _component(folder, part)
+
+
+LEFT_OUT = {("sdxl", "text_encoder"), ("sd3", "text_encoder_3")}  # what may be absent from a stock folder
 
 
 def _component(folder: Path, name: str) -> Path:
     place = folder / name
     if not (place / "config.json").is_file():
         raise ValueError(f"{place / 'config.json'}: missing, though {INDEX} names this part")
-    if not any(place.glob("*.safetensors")):
-        raise ValueError(f"{place}: no safetensors file; weights in other formats are not read")
     return place
 
 

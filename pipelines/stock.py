@@ -3,17 +3,27 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from diffusers import DiffusionPipeline, StableDiffusion3Pipeline, StableDiffusionPipeline
-from torch import Tensor, nn
+from diffusers import (
+    DiffusionPipeline,
+    PixArtAlphaPipeline,
+    PixArtSigmaPipeline,
+    StableDiffusion3Pipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+)
+from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer, T5Config, T5EncoderModel
 
 from ldm.models.base import Network
 from ldm.models.bpe import clip_tokenizer
+from ldm.models.dit import DiT
 from ldm.models.mmdit import MMDiT
-from ldm.models.text import EMPTY_TOKENS, SECOND_WIDTH, TextEncoder
+from ldm.models.text import EMPTY_TOKENS, FAMILIES, TextEncoder
+from ldm.models.text_files import SECOND_WIDTH, is_empty
 from ldm.models.unet import UNet
 from ldm.models.vae import VAE
 from ldm.paths import RectifiedFlow
@@ -22,7 +32,7 @@ from .core import Parts
 from .schedulers import Schedule, default_schedule, from_stock, stock_scheduler, trained_as
 
 log = logging.getLogger(__name__)
-NOT_EMPTY = "is a real text encoder; SD3 is read in the form with one CLIP, where the second and third are all zeros"
+POOLED = "the width of the pooled text"
 
 
 class Form(NamedTuple):
@@ -31,38 +41,56 @@ class Form(NamedTuple):
     pipeline: type[DiffusionPipeline]
     net: type[Network]
     net_name: str  # the subfolder
-    family: str  # of its text encoder
+    family: str  # of its text encoders
+    text_tokens: int | None = None  # of T5, where the pipelines of one family differ
 
 
 FORMS = {
     "StableDiffusionPipeline": Form(StableDiffusionPipeline, UNet, "unet", "sd"),
+    "StableDiffusionXLPipeline": Form(StableDiffusionXLPipeline, UNet, "unet", "sdxl"),
     "StableDiffusion3Pipeline": Form(StableDiffusion3Pipeline, MMDiT, "transformer", "sd3"),
+    "PixArtAlphaPipeline": Form(PixArtAlphaPipeline, DiT, "transformer", "pixart", 120),
+    "PixArtSigmaPipeline": Form(PixArtSigmaPipeline, DiT, "transformer", "pixart", 300),
 }
+
+
+# --- out ---------------------------------------------------------------------------------------------------------
 
 
 def to_stock_pipeline(parts: Parts) -> DiffusionPipeline:
     """The stock pipeline around these weights (shared, not copied). Raises ValueError as ``save_parts`` does."""
     net, vae, text = parts.net, parts.vae, parts.text
-    form = form_of(net)
+    form = form_of(net, text)
     check_fit(net, vae, text)
     for name, module in (("the network", net), ("the VAE", vae), ("the text encoder", text)):
         if bad := [key for key, p in module.named_parameters() if not p.isfinite().all()]:
             raise ValueError(f"{name} has NaN or infinity in {bad[0]}: such a model is not written")
     stock_vae: Any = vae.to_diffusers()
-    given = {
+    given: dict[str, Any] = {
         "vae": stock_vae,
         form.net_name: net.to_diffusers(),
-        "text_encoder": text.model,
-        "tokenizer": text.tokenizer,
         "scheduler": stock_scheduler(parts.schedule, form.family),
     }
+    for name in FAMILIES[form.family]:
+        given[tokenizer_of(name)], given[name] = text.towers().get(name, (None, None))
+    if form.text_tokens not in (None, text.max_length):
+        log.warning("call %s with max_sequence_length=%d", form.pipeline.__name__, text.max_length)
     if form.family == "sd":
-        absent = dict(safety_checker=None, feature_extractor=None, requires_safety_checker=False)
-        return StableDiffusionPipeline(**given, **absent)  # type: ignore[arg-type]
-    stock_vae.register_to_config(shift_factor=vae.latent_scale.shift)  # SD3's pipeline wants a number
-    clip_2, tokenizer_3, t5 = empty_encoders(text)
-    more = dict(text_encoder_2=clip_2, tokenizer_2=text.tokenizer, text_encoder_3=t5, tokenizer_3=tokenizer_3)
-    return StableDiffusion3Pipeline(**given, **more)  # type: ignore[arg-type]
+        given |= dict(safety_checker=None, feature_extractor=None, requires_safety_checker=False)
+    if form.family == "sdxl":
+        given["force_zeros_for_empty_prompt"] = text.zeros_for_empty
+    if form.family == "sd3":
+        stock_vae.register_to_config(shift_factor=vae.latent_scale.shift)  # SD3's pipeline wants a number
+        clip_2, tokenizer_3, t5 = empty_encoders(text)
+        empty = {"text_encoder_2": (text.tokenizer, clip_2), "text_encoder_3": (tokenizer_3, t5)}
+        for name in empty.keys() - text.towers().keys():
+            given[tokenizer_of(name)], given[name] = empty[name]
+    return form.pipeline(**given)
+
+
+def tokenizer_of(text_encoder: str) -> str:
+    """``text_encoder_2`` -> ``tokenizer_2``."""
+    return text_encoder.replace("text_encoder", "tokenizer")
 
 
 def empty_encoders(text: TextEncoder) -> tuple[CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderModel]:
@@ -92,11 +120,18 @@ def empty_encoders(text: TextEncoder) -> tuple[CLIPTextModelWithProjection, CLIP
     return clip, clip_tokenizer([], [], EMPTY_TOKENS), t5  # this tokenizer knows start and end, and no word
 
 
-def form_of(net: Network) -> Form:
+def form_of(net: Network, text: TextEncoder | None = None) -> Form:
+    """The stock form of a network; a DiT's depends on how many tokens its text has."""
     for form in FORMS.values():
-        if isinstance(net, form.net):
+        if not isinstance(net, form.net):
+            continue
+        if form.net is UNet and bool(net.config["addition_embed_type"]) != (form.family == "sdxl"):
+            continue
+        if form.text_tokens is None or text is None or text.max_length <= form.text_tokens:
             return form
-    known = " and ".join(form.net.__name__ for form in FORMS.values())
+    if isinstance(net, DiT):
+        raise ValueError(f"the text has {text and text.max_length} tokens; PixArt's pipelines read 120 or 300")
+    known = " and ".join(sorted({form.net.__name__ for form in FORMS.values()}))
     raise ValueError(f"{type(net).__name__} has no stock pipeline; {known} have one")
 
 
@@ -105,41 +140,69 @@ def check_fit(net: Network, vae: VAE, text: TextEncoder) -> None:
     form, c = form_of(net), net.config
     if text.family != form.family:
         raise ValueError(f"{type(net).__name__} takes text family {form.family!r}, the text encoder is {text.family!r}")
-    if c.get("addition_embed_type"):
-        raise ValueError(f"addition_embed_type {c['addition_embed_type']!r}: SDXL's pipelines are not written or read")
-    width = "cross_attention_dim" if form.family == "sd" else "joint_attention_dim"
-    latents = ("the VAE's latent_channels", vae.config["latent_channels"])
-    pairs = [
-        ("in_channels", c["in_channels"], *latents),
-        ("out_channels", c["out_channels"] or c["in_channels"], *latents),
-        (width, c[width], "the text encoder's width", text.width),
-    ]
-    if form.family == "sd3":
-        pooled = ("the width of the pooled text", text.pooled_width)
-        pairs.append(("pooled_projection_dim", c["pooled_projection_dim"], *pooled))
+    form = form_of(net, text)
+    family, out = form.family, c["out_channels"] or c["in_channels"]
+    if family == "pixart" and out == 2 * c["in_channels"]:
+        out //= 2  # the second half is the variance, which the stock pipelines leave aside
+    what, theirs = "the VAE's latent_channels", vae.config["latent_channels"]
+    pairs = [("in_channels", c["in_channels"], what, theirs), ("out_channels", out, what, theirs)]
+    name = {"sd3": "joint_attention_dim", "pixart": "caption_channels"}.get(family, "cross_attention_dim")
+    pairs.append((name, c[name], "the text encoder's width", text.width))
+    if family == "sdxl":
+        name, ours = "projection_class_embeddings_input_dim", c["projection_class_embeddings_input_dim"]
+        sizes = 6 * c["addition_time_embed_dim"]
+        pairs.append((f"{name} less {sizes} for the sizes", ours - sizes, POOLED, text.pooled_width))
+    elif family == "sd3":
+        pairs.append(("pooled_projection_dim", c["pooled_projection_dim"], POOLED, text.pooled_width))
     for name, ours, what, theirs in pairs:
         if ours != theirs:
             raise ValueError(f"the network's {name} is {ours}, {what} is {theirs}: they must be equal")
-    if form.family == "sd" and vae.latent_scale.shift:
+    if family != "sd3" and vae.latent_scale.shift:
         shift = vae.latent_scale.shift
         raise ValueError(f"{form.pipeline.__name__} ignores the VAE's shift_factor, which is {shift}: it must be 0")
+    if isinstance(net, DiT) and net.sized and (form.text_tokens, c["sample_size"]) != (120, 128):
+        raise ValueError(
+            "a DiT with use_additional_conditions is told its size by PixArtAlphaPipeline alone (at most 120 text "
+            f"tokens), and at sample_size 128 alone; here they are {text.max_length} and {c['sample_size']}"
+        )
+
+
+# --- in ----------------------------------------------------------------------------------------------------------
 
 
 def from_stock_pipeline(pipeline: DiffusionPipeline) -> Parts:
     """Our parts around a stock pipeline's weights (shared, not copied). Raises ValueError as ``load_parts`` does."""
     name, stock = type(pipeline).__name__, pipeline.components
     if name not in FORMS:
-        raise ValueError(f"a {name} cannot be taken over; {' and '.join(FORMS)} can")
+        raise ValueError(f"a {name} cannot be taken over; {', '.join(FORMS)} can")
     form = FORMS[name]
+    for part in (form.net_name, "vae", "scheduler"):
+        if stock.get(part) is None:
+            raise ValueError(f"{name}: its {part} is None; without it nothing can be drawn")
     net, vae = form.net.from_diffusers(stock[form.net_name]), VAE.from_diffusers(stock["vae"])
-    width = net.config["joint_attention_dim"] if form.family == "sd3" else None
-    if form.family == "sd3":
-        for part in ("text_encoder_2", "text_encoder_3"):
-            if stock[part] is not None and not is_empty(part, stock[part].config.to_dict(), stock[part].state_dict()):
-                raise ValueError(f"{name}: {part} {NOT_EMPTY}")
-    text = TextEncoder(stock["tokenizer"], stock["text_encoder"], form.family, width)
+    towers = {}
+    for part in FAMILIES[form.family]:
+        tokenizer, model = stock.get(tokenizer_of(part)), stock.get(part)
+        if model is None or (form.family == "sd3" and part != "text_encoder" and is_empty(model)):
+            continue
+        if tokenizer is None:
+            raise ValueError(f"{name}: it has a {part}, and no {tokenizer_of(part)}")
+        towers[part] = (tokenizer, model)
+    text = TextEncoder.from_towers(towers, form.family, **text_settings(form, net, pipeline.config))
     check_fit(net, vae, text)
-    return Parts(net, vae, text, read_schedule(dict(stock["scheduler"].config), form.family))
+    scheduler = stock["scheduler"]
+    config = dict(scheduler.config) | {"_class_name": type(scheduler).__name__}  # one that was never saved lacks it
+    return Parts(net, vae, text, read_schedule(config, form.family))
+
+
+def text_settings(form: Form, net: Network, index: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a ``TextEncoder`` follows from the pipeline and its network."""
+    settings: dict[str, Any] = {"max_sequence_length": form.text_tokens}
+    if form.family == "sd3":
+        settings["joint_width"] = net.config["joint_attention_dim"]
+    if form.family == "sdxl":
+        settings["zeros_for_empty"] = index.get("force_zeros_for_empty_prompt", True)
+    return settings
 
 
 def read_schedule(config: dict[str, Any], family: str) -> Schedule:
@@ -153,10 +216,3 @@ def read_schedule(config: dict[str, Any], family: str) -> Schedule:
         schedule = default_schedule(path, prediction, family, shift)
         log.warning("%s; sampling with %s (%s) instead", error, schedule.sampler, schedule.spacing)
         return replace(schedule, time_input=time_input)
-
-
-def is_empty(part: str, config: dict[str, Any], state: dict[str, Tensor]) -> bool:
-    """Does it answer with zeros whatever the text?"""
-    if part == "text_encoder_2":
-        return config.get("hidden_size") == SECOND_WIDTH and not any(value.any() for value in state.values())
-    return not state["encoder.final_layer_norm.weight"].any()

@@ -240,6 +240,8 @@ def test_files_that_are_no_config(tmp_path: Path):
         ("clip", {"data.resolution": 60}, "data.resolution 60 is not a multiple of model.vision.patch_size"),
         ("clip", {"model.text.num_attention_heads": 5}, r"model\.text\.hidden_size 192 does not divide into 5"),
         ("clip", {"model.vision.num_attention_heads": 5}, r"model\.vision\.hidden_size 192 does not divide into 5"),
+        ("clip", {"train.attention_backend": "plain"}, r"train\.attention_backend belongs to the autoencoder"),
+        ("clip", {"train.gradient_checkpointing": True}, r"train\.gradient_checkpointing belongs to the autoencoder"),
         ("clip", {"data.random_crop": 32}, "random_crop belongs to the autoencoder"),
         ("autoencoder", {"data.resolution": 66}, r"resolution 66 .*factor 4; 64 is"),
         ("autoencoder", {"data.random_crop": 31}, r"random_crop 31 .*factor 4; 32 is"),

@@ -266,7 +266,10 @@ def test_a_size_that_does_not_fit_names_the_nearest(height, width, nearest):
     [
         ({"caption_projection_dim": 24}, "caption_projection_dim=24.* = 32"),
         ({"qk_norm": "l2"}, "qk_norm='l2'"),
-        ({"pos_embed_max_size": 0}, "pos_embed_max_size=0"),
+        ({"pos_embed_max_size": 0}, "pos_embed_max_size=0.*at least 1"),
+        ({"pos_embed_max_size": None}, "pos_embed_max_size=None"),
+        ({"num_layers": 0, "in_channels": -4}, "in_channels=-4, num_layers=0.*at least 1"),
+        ({"sample_size": 1}, "sample_size=1 holds no patch of patch_size=2"),
         ({"dual_attention_layers": (1, 3)}, r"\[3\].*0 to 2"),
         ({"attention_head_dim": 1, "num_attention_heads": 6, "caption_projection_dim": 6}, "multiple of 4"),
     ],
@@ -283,12 +286,21 @@ def test_a_config_that_does_not_fit(config, message):
         ({"pooled": torch.zeros(2, 11)}, "pooled is 11 wide.*pooled_projection_dim=12"),
         ({"tokens": torch.zeros(2, 7, 23)}, "tokens is 23 wide.*joint_attention_dim=24"),
         ({"bias": torch.zeros(2, 6)}, r"bias is \(2, 6\).*\(2, 7\)"),
+        ({"tokens": torch.zeros(3, 7, 24)}, "tokens is for 3 pictures; x holds 2"),
+        ({"extra": torch.zeros(2, 1, 16, 16)}, "extra is given"),
     ],
 )
 def test_a_cond_that_does_not_fit(change, message):
     x, time, tokens, pooled = inputs()
     with pytest.raises(ValueError, match=message):
         MMDiT(**SMALL)(x, time, Cond(**{"tokens": tokens, "pooled": pooled} | change))
+
+
+@pytest.mark.parametrize("shape", [(2, 5, 16, 16), (4, 16, 16)])
+def test_latents_of_other_channels(shape):
+    _, time, tokens, pooled = inputs()
+    with pytest.raises(ValueError, match=r"expected \(B, 4, H, W\)"):
+        MMDiT(**SMALL)(torch.zeros(shape), time, Cond(tokens, pooled=pooled))
 
 
 def test_lora_targets_are_the_projections_of_every_attention_here_and_in_stock():

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
-from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -17,21 +14,13 @@ import torch
 from diffusers import DiffusionPipeline, StableDiffusionPipeline
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from torch import nn
 
-from ldm.paths import VE, CosineVP, DiscreteVP, RectifiedFlow
-from ldm.prediction import Flow, Karras, V
 from ldm.sampling import SAMPLERS
-from pipelines.core import Parts, generate, start_latents
-from pipelines.folder import export, load_parts, save_parts
-from pipelines.schedulers import default_schedule
+from pipelines.core import generate, start_latents
+from pipelines.folder import load_parts
 from pipelines.text_to_image import TextToImagePipeline
 from tests import tiny
-
-FORMS = ["unet", "mmdit", "unet_v", "unet_edm"]
-PROMPTS, NEGATIVE = ["a red apple", "grinning face", "a zebra in a fire engine and much more than fits"], "green"
-CALL = dict(num_inference_steps=20, guidance_scale=3.0)
-PICTURE = (4, 8, 8)  # latents of one picture
+from tests.forms import CALL, FORMS, NEGATIVE, PICTURE, PROMPTS, exported, noise, ours, quiet
 
 # The other environment: a fresh interpreter far from here, in which any import of ours fails.
 STOCK_SCRIPT = """
@@ -61,32 +50,9 @@ assert not {"ldm", "pipelines", "training"} & set(sys.modules)
 """
 
 
-def parts(form: str, **kw) -> Parts:
-    family = "sd3" if form == "mmdit" else "sd"
-    path, prediction = RectifiedFlow(), Flow()
-    if form == "unet_v":
-        path, prediction = DiscreteVP(schedule="scaled_linear", beta_start=0.00085, beta_end=0.012), V()
-    if form == "unet_edm":
-        path, prediction = VE(80.0), Karras(0.7)
-    shift = {"unet": 2.0, "mmdit": 3.0}.get(form, 1.0)
-    schedule = default_schedule(path, prediction, family, shift)
-    net = tiny.mmdit() if form == "mmdit" else tiny.unet()
-    return Parts(net, tiny.vae(shift_factor=0.3 if form == "mmdit" else None, **kw), tiny.text(family), schedule)
-
-
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory) -> dict[str, SimpleNamespace]:
-    """Of each form the parts and their exported folder."""
-    made = {}
-    for form in FORMS:
-        given, place = parts(form), tmp_path_factory.mktemp(form)
-        s = given.schedule
-        folder = export(
-            place / "pipeline", net=given.net, vae=given.vae, text=given.text, path=s.path, prediction=s.prediction,
-            shift=s.shift,
-        )  # fmt: skip
-        made[form] = SimpleNamespace(form=form, parts=given, folder=folder, place=place)
-    return made
+    return exported(tmp_path_factory)
 
 
 @pytest.fixture(scope="module")
@@ -106,19 +72,6 @@ def drawn_by_stock(folders) -> list[str]:
 @pytest.fixture(params=FORMS)
 def saved(request, folders) -> SimpleNamespace:
     return folders[request.param]
-
-
-def noise(rows: int = len(PROMPTS), seed: int = 5) -> torch.Tensor:
-    return torch.randn(rows, *PICTURE, generator=torch.Generator().manual_seed(seed))
-
-
-def quiet(pipe):
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
-def ours(form: str) -> TextToImagePipeline:
-    return quiet(TextToImagePipeline.from_parts(parts(form)))
 
 
 # --- point 6 of the first evening --------------------------------------------------------------------------------
@@ -277,7 +230,8 @@ def test_an_interrupt_stops_and_gives_what_there_is():
 
 
 def test_samplers_by_name():
-    pipe, call = ours("unet"), dict(num_inference_steps=6, latents=noise(1), output_type="latent")
+    pipe = ours("unet")
+    call = dict(num_inference_steps=3, guidance_scale=1.0, latents=noise(1), output_type="latent")
     drawn = {}
     for name in SAMPLERS:
         drawn[name] = pipe("zebra", sampler=name, generator=torch.Generator().manual_seed(0), **call).images
@@ -336,211 +290,3 @@ def test_start_latents_are_stocks():
 def test_a_wrong_argument_is_named(wrong, message):
     with pytest.raises(ValueError, match=message):
         ours("unet")(**({"prompt": "zebra", "num_inference_steps": 1} | wrong))
-
-
-# --- folders that are not as they should be ----------------------------------------------------------------------
-
-
-def listing(folder: Path) -> dict[str, bytes]:
-    return {str(f.relative_to(folder)): f.read_bytes() for f in sorted(folder.rglob("*")) if f.is_file()}
-
-
-def copied(folder: Path, place: Path) -> Path:
-    return Path(shutil.copytree(folder, place / "copy"))
-
-
-def test_an_older_export_is_replaced_and_nothing_else_left(folders, tmp_path):
-    folder = copied(folders["unet_v"].folder, tmp_path)
-    save_parts(folder, folders["unet"].parts)
-    assert listing(folder) == listing(folders["unet"].folder)
-    assert list(tmp_path.iterdir()) == [folder]
-    TextToImagePipeline.from_pretrained(folder).save_pretrained(folder)  # onto itself, its files open
-    assert listing(folder) == listing(folders["unet"].folder)
-
-
-@pytest.mark.parametrize(
-    ("prepare", "message"),
-    [
-        (lambda p: (p / "holiday.jpg").write_bytes(b"1"), "holiday.jpg but no model_index.json"),
-        (lambda p: shutil.rmtree(p) or p.write_text("x"), "in the way"),
-        (lambda p: [(p / n).write_text("{}") for n in ("model_index.json", "thesis.tex")], "thesis.tex"),
-    ],
-)
-def test_anything_but_a_pipeline_is_never_overwritten(tmp_path, folders, prepare, message):
-    folder = tmp_path / "mine"
-    folder.mkdir()
-    prepare(folder)
-    before = listing(tmp_path)
-    with pytest.raises(ValueError, match=message):
-        save_parts(folder, folders["unet"].parts)
-    assert listing(tmp_path) == before
-
-
-@pytest.mark.parametrize("form", ["unet", "mmdit"])
-def test_an_export_that_does_not_read_back_leaves_the_old_one(folders, tmp_path, monkeypatch, form):
-    """Each part is damaged between writing and reading; the comparison must notice."""
-    import pipelines.folder as module
-
-    folder, write = copied(folders[form].folder, tmp_path), module._write_for_older_readers
-    before = listing(folder)
-    net = "transformer" if form == "mmdit" else "unet"
-    for part, file in ((net, "diffusion_pytorch_model"), ("vae", "diffusion_pytorch_model"), ("text_encoder", "model")):
-
-        def damage(beside, weights=f"{part}/{file}.safetensors"):
-            write(beside)
-            state = load_file(beside / weights)
-            name = min(key for key in state if key.endswith("weight"))
-            state[name] = state[name] * 1.001
-            save_file(state, beside / weights, metadata={"format": "pt"})
-
-        monkeypatch.setattr(module, "_write_for_older_readers", damage)
-        with pytest.raises(RuntimeError, match="does not come back as it was"):
-            save_parts(folder, folders[form].parts)
-    for part, key, value in ((net, "norm_eps", 0.3), ("vae", "norm_num_groups", 2)) if form == "unet" else ():
-
-        def reconfigure(beside, config=f"{part}/config.json", change={key: value}):  # noqa: B006
-            write(beside)
-            (beside / config).write_text(json.dumps(json.loads((beside / config).read_text()) | change))
-
-        monkeypatch.setattr(module, "_write_for_older_readers", reconfigure)
-        with pytest.raises(RuntimeError, match="answers otherwise in stock form"):
-            save_parts(folder, folders[form].parts)
-    assert listing(folder) == before and list(tmp_path.iterdir()) == [folder]
-
-
-def test_an_export_draws_no_random_number_and_leaves_modes_alone(tmp_path, folders):
-    given = parts("mmdit")
-    given.net.train()
-    state = torch.get_rng_state()
-    save_parts(tmp_path / "pipeline", given)
-    assert torch.equal(torch.get_rng_state(), state)
-    assert given.net.training and not given.vae.training
-    assert given.vae.config["shift_factor"] == 0.3
-
-
-def test_half_precision_is_written_as_it_is(tmp_path):
-    given = parts("mmdit")
-    given.net.to(torch.bfloat16)
-    given.text.to(torch.bfloat16)
-    again = load_parts(save_parts(tmp_path / "pipeline", given))
-    assert again.net.dtype == again.text.dtype == again.vae.dtype == torch.float32
-    for name, value in load_file(tmp_path / "pipeline/transformer/diffusion_pytorch_model.safetensors").items():
-        assert value.dtype == torch.bfloat16 and torch.equal(again.net.state_dict()[name], value.float())
-    assert load_parts(tmp_path / "pipeline", torch.bfloat16).vae.dtype == torch.bfloat16
-
-
-def with_nan() -> Parts:
-    given = parts("unet")
-    nn.init.constant_(given.net.conv_in.bias, float("nan"))
-    return given
-
-
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (with_nan, "NaN or infinity in conv_in.bias"),
-        (lambda: replace(parts("unet"), text=tiny.text("sd3")), "takes text family 'sd'"),
-        (lambda: replace(parts("unet"), vae=tiny.vae(shift_factor=0.5)), "ignores the VAE's shift_factor"),
-        (
-            lambda: replace(parts("unet"), vae=tiny.vae(latent_channels=8)),
-            "in_channels is 4, the VAE's latent_chan.* 8",
-        ),
-        (lambda: replace(parts("unet"), net=tiny.unet(cross_attention_dim=20)), "cross_attention_dim is 20"),
-        (lambda: replace(parts("mmdit"), net=tiny.mmdit(pooled_projection_dim=12)), "pooled_projection_dim is 12"),
-        (lambda: replace(parts("mmdit"), text=tiny.text("sd3", joint_width=20)), "joint_attention_dim is 24"),
-        (lambda: replace(parts("unet"), net=tiny.vae()), "VAE has no stock pipeline"),
-        (lambda: replace(parts("unet"), schedule=default_schedule(CosineVP(), V(), "sd")), "no stock form"),
-    ],
-)
-def test_parts_that_no_stock_pipeline_takes_are_refused(tmp_path, make, message):
-    with pytest.raises(ValueError, match=message):
-        save_parts(tmp_path / "pipeline", make())
-    assert not list(tmp_path.iterdir())
-
-
-def test_a_path_without_a_stock_form_is_drawn_by_ours():
-    given = replace(parts("unet"), schedule=default_schedule(CosineVP(), V(), "sd"))
-    assert generate(given, ["zebra"], steps=3).shape == (1, 3, 16, 16)
-
-
-def edit(name, **values):
-    def change(folder):
-        (folder / name).write_text(json.dumps(json.loads((folder / name).read_text()) | values))
-
-    return change
-
-
-def lose(name, key):
-    def change(folder):
-        state = load_file(folder / name)
-        del state[key]
-        save_file(state, folder / name, metadata={"format": "pt"})
-
-    return change
-
-
-def as_pickle(folder):
-    state = load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")
-    (folder / "unet" / "diffusion_pytorch_model.safetensors").unlink()
-    torch.save(state, folder / "unet" / "diffusion_pytorch_model.bin")
-
-
-INDEX, NET = "model_index.json", "unet/diffusion_pytorch_model.safetensors"
-
-
-@pytest.mark.parametrize(
-    ("damage", "message"),
-    [
-        (shutil.rmtree, "no such folder"),
-        (lambda f: (f / INDEX).unlink(), r"model_index\.json: missing"),
-        (lambda f: (f / INDEX).write_text("{"), r"model_index\.json: not JSON"),
-        (lambda f: (f / INDEX).write_text("[]"), r"model_index\.json: expected a JSON object"),
-        (edit(INDEX, _class_name="FluxPipeline"), r"model_index\.json: _class_name is 'FluxPipeline'"),
-        (edit(INDEX, _class_name=["evil", "Pipeline"]), r"model_index\.json: _class_name is \['evil', 'Pipeline'\]"),
-        (edit(INDEX, unet=["evil", "UNet"]), r"model_index\.json: unet is \['evil', 'UNet'\]"),
-        (edit(INDEX, vae=["diffusers", "AutoencoderTiny"]), r"model_index\.json: vae is"),
-        (lambda f: shutil.rmtree(f / "vae"), r"vae/config\.json: missing"),
-        (as_pickle, "unet: no safetensors file"),
-        (lambda f: (f / "tokenizer/tokenizer.json").unlink() or (f / "tokenizer/vocab.json").unlink(), "no tokenizer"),
-        (lambda f: (f / "scheduler/scheduler_config.json").unlink(), r"scheduler_config\.json: missing"),
-        (edit("scheduler/scheduler_config.json", _class_name="evil"), "'evil' is not a scheduler"),
-        (lose(NET, "conv_out.weight"), "lacks 1 weights of UNet2DConditionModel, the first is conv_out.weight"),
-        (lose("text_encoder/model.safetensors", "text_model.final_layer_norm.bias"), "lacks 1 weights of CLIPText"),
-        (edit("unet/config.json", act_fn="gelu"), "act_fn='gelu' is not supported"),
-    ],
-)
-def test_a_folder_that_is_no_pipeline_of_ours_is_refused(folders, tmp_path, damage, message, monkeypatch):
-    folder = copied(folders["unet"].folder, tmp_path)
-    damage(folder)
-    (tmp_path / "evil.py").write_text("raise SystemExit('foreign code ran')")
-    monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(ValueError, match=message):
-        TextToImagePipeline.from_pretrained(folder)
-    assert "evil" not in sys.modules
-
-
-@pytest.mark.parametrize("part", ["text_encoder_2", "text_encoder_3"])
-def test_sd3_with_more_encoders_than_one_is_refused(folders, tmp_path, part):
-    folder = copied(folders["mmdit"].folder, tmp_path)
-    weights = folder / part / "model.safetensors"
-    save_file({k: torch.ones_like(v) for k, v in load_file(weights).items()}, weights, metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=f"{part}.* is a real text encoder"):
-        load_parts(folder)
-    with pytest.raises(ValueError, match=f"{part} is a real text encoder"):
-        TextToImagePipeline.from_diffusers(DiffusionPipeline.from_pretrained(folder))
-
-
-def test_a_scheduler_without_a_counterpart_still_tells_how_the_network_was_trained(folders, tmp_path, caplog):
-    from diffusers import PNDMScheduler
-
-    folder = copied(folders["unet_v"].folder, tmp_path)
-    scheduler = StableDiffusionPipeline.from_pretrained(folder).scheduler
-    PNDMScheduler.from_config(scheduler.config, skip_prk_steps=True).save_pretrained(folder / "scheduler")
-    edit(INDEX, scheduler=["diffusers", "PNDMScheduler"])(folder)
-    assert load_parts(folder).schedule == folders["unet_v"].parts.schedule
-    assert "PNDMScheduler" in caplog.text and "dpmpp_2m" in caplog.text
-
-
-def test_a_hub_name_that_cannot_be_had_says_so():
-    with pytest.raises(ValueError, match="nobody/nothing: no such folder, and not opened as a name on the hub"):
-        TextToImagePipeline.from_pretrained("nobody/nothing")

@@ -187,12 +187,12 @@ def only_text_tower(folder):
         ("sd", shutil.rmtree, "no such folder"),
         ("sd", remove("tokenizer.json"), "no tokenizer here"),
         ("sd", remove("config.json"), r"config\.json: missing"),
-        ("sd", remove("model.safetensors"), r"no model\.safetensors"),
+        ("sd", remove("model.safetensors"), r"no safetensors file \(model\.safetensors"),
         ("sd", edit("config.json", model_type="t5"), "model_type is 't5'"),
         ("sd3", edit("config.json", eos_token_id=7), "eos_token_id is 7"),
         ("sd", edit("tokenizer_config.json", model_max_length=77), "model_max_length is 77"),
         ("sd3", only_text_tower, r"lacks 1 weights .* text_projection\.weight"),
-        ("sdxl", lambda _: None, "'sdxl' is not one of sd, sd3"),
+        ("flux", lambda _: None, "'flux' is not one of sd, sdxl, sd3, pixart"),
     ],
 )
 def test_a_folder_that_does_not_fit_is_refused(tmp_path, family, damage, message):

@@ -17,7 +17,8 @@ SD: dict[str, Any] = dict(block_out_channels=(8, 16, 16), layers_per_block=2, no
 NO_QUANT: dict[str, Any] = dict(use_quant_conv=False, use_post_quant_conv=False)
 FORMS: dict[str, dict[str, Any]] = {
     "sd": SD,
-    "sdxl": SD | dict(scaling_factor=0.13025, sample_size=1024),
+    "sdxl": SD | dict(scaling_factor=0.13025, sample_size=1024, force_upcast=True),
+    "sd3": SD | NO_QUANT | dict(latent_channels=16, scaling_factor=1.5305, shift_factor=0.0609),
     "flux": SD | NO_QUANT | dict(latent_channels=16, scaling_factor=0.3611, shift_factor=0.1159),
     "one_level": dict(block_out_channels=(8,), norm_num_groups=2, force_upcast=False),
     "four_levels": dict(block_out_channels=(4, 4, 8, 12), norm_num_groups=2, latent_channels=2, sample_size=(32, 48)),
@@ -96,13 +97,42 @@ def test_folder_round_trip(tmp_path):
     assert torch.equal(again.encode(x).mean, ours.encode(x).mean)
 
 
-def test_sd_vae_published_size():
-    # 83,653,863 parameters: the count of stabilityai/sd-vae-ft-mse.
+FULL: dict[str, Any] = dict(
+    down_block_types=("DownEncoderBlock2D",) * 4,
+    up_block_types=("UpDecoderBlock2D",) * 4,
+    block_out_channels=(128, 256, 512, 512),
+    layers_per_block=2,
+)
+SIXTEEN: dict[str, Any] = FULL | NO_QUANT | dict(latent_channels=16, sample_size=1024, force_upcast=True)
+PUBLISHED: dict[str, tuple[dict[str, Any], int, LatentScale]] = {
+    "stabilityai/sd-vae-ft-mse": (FULL | dict(sample_size=256), 83_653_863, LatentScale(0.18215, 0.0)),
+    "stabilityai/sdxl-vae": (
+        FULL | dict(sample_size=1024, scaling_factor=0.13025, force_upcast=True),
+        83_653_863,
+        LatentScale(0.13025, 0.0),
+    ),
+    "stabilityai/stable-diffusion-3-medium": (
+        SIXTEEN | dict(scaling_factor=1.5305, shift_factor=0.0609),
+        83_819_683,
+        LatentScale(1.5305, 0.0609),
+    ),
+    "black-forest-labs/FLUX.1-dev": (
+        SIXTEEN | dict(scaling_factor=0.3611, shift_factor=0.1159),
+        83_819_683,
+        LatentScale(0.3611, 0.1159),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_configs_have_the_names_shapes_and_size_of_the_twin(name):
+    config, size, scale = PUBLISHED[name]
     with torch.device("meta"):
-        vae = VAE(block_out_channels=(128, 256, 512, 512), layers_per_block=2)
-    assert sum(p.numel() for p in vae.parameters()) == 83_653_863
-    assert vae.factor == 8
-    assert vae.latent_scale == LatentScale(0.18215, 0.0)
+        ours, twin = VAE(**config), AutoencoderKL(**config)
+    assert {n: p.shape for n, p in ours.state_dict().items()} == {n: p.shape for n, p in twin.state_dict().items()}
+    assert sum(p.numel() for p in ours.parameters()) == size
+    assert ours.factor == 8
+    assert ours.latent_scale == scale
 
 
 def test_moments_against_torch_distributions():
@@ -126,17 +156,93 @@ def test_log_var_is_clamped_as_in_stock():
         assert (vae.encode(torch.zeros(1, 3, 4, 4)).log_var == bound).all()
 
 
-def test_gradient_checkpointing_changes_nothing():
+def kept(loss: Any) -> int:
+    """Numbers that autograd keeps for the backward pass, parameters aside."""
+    seen: dict[int, int] = {}
+
+    def pack(t: Tensor) -> Tensor:
+        if not isinstance(t, torch.nn.Parameter):
+            seen[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes() // 4
+        return t
+
+    held: Any = []  # storages that die would give their address to others
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: (held.append(t), pack(t))[1], lambda t: t):
+        loss()
+    return sum(seen.values())
+
+
+def test_gradient_checkpointing_changes_nothing_but_the_memory():
     torch.manual_seed(0)
     vae = VAE(**SD)
     x, eps = torch.randn(2, 3, 16, 16), torch.randn(2, 4, 4, 4)
-    grads = []
+    grads, memory = [], []
     for on in (False, True):
         vae.enable_gradient_checkpointing() if on else vae.disable_gradient_checkpointing()
         vae.zero_grad()
         vae(x, eps)[0].square().mean().backward()
         grads.append([p.grad.clone() for p in vae.parameters() if p.grad is not None])
+        memory.append(kept(lambda: vae(x, eps)[0].square().mean()))
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+    assert memory[1] < 0.4 * memory[0]  # a block's input is kept in place of its input, two norms and two activations
+
+
+def test_no_more_is_kept_for_the_backward_pass_than_by_the_twin():
+    twin = stock("sd")
+    ours = VAE.from_diffusers(twin)
+    x, eps = torch.randn(2, 3, 32, 32), torch.randn(2, 4, 8, 8)
+    of_twin = kept(lambda: twin.decode(twin.encode(x).latent_dist.mean + eps).sample.mean())
+    assert kept(lambda: ours(x, eps)[0].mean()) <= of_twin
+
+
+def test_channels_last_gives_the_same():
+    ours = VAE.from_diffusers(stock("sd"))
+    x, eps = torch.randn(2, 3, 16, 24), torch.randn(2, 4, 4, 6)
+    outputs, grads = [], []
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        ours = ours.to(memory_format=memory_format)  # type: ignore[call-overload]
+        ours.zero_grad()
+        y, _ = ours(x.contiguous(memory_format=memory_format), eps)
+        y.square().mean().backward()
+        outputs.append(y.detach())
+        grads.append(torch.cat([p.grad.flatten() for p in ours.parameters() if p.grad is not None]))
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    assert worst(*outputs) < 1e-5  # other kernels, other order of sums
+    assert worst(*grads) < 1e-5
+
+
+def test_slicing_gives_the_same():
+    ours = VAE.from_diffusers(stock("flux"))
+    x, eps = torch.randn(3, 3, 16, 24), torch.randn(3, 16, 4, 6)
+    whole, moments = ours(x, eps)
+    ours.enable_slicing()
+    rows = []
+    ours.decoder.conv_in.register_forward_pre_hook(lambda _, args: rows.append(len(args[0])))
+    again, of_rows = ours(x, eps)
+    assert rows == [1, 1, 1]
+    # Kernels are chosen by the batch's size, so the order of sums may differ.
+    assert worst(again, whole) < 1e-5
+    assert worst(of_rows.mean, moments.mean) < 1e-5
+    ours.disable_slicing()
+    assert torch.equal(ours(x, eps)[0], whole)
+    assert rows[3:] == [3]
+
+
+def test_inference_follows_the_weights_at_once():
+    # The folded kernel of the upsampling must be that of the weights as they are now, however they were changed.
+    ours, z = VAE.from_diffusers(stock("sd")), torch.randn(1, 4, 4, 4)
+
+    def check() -> None:
+        with torch.no_grad():
+            assert worst(ours.decode(z), ours.to_diffusers().decode(z).sample) < 1e-5
+
+    check()
+    optimizer = torch.optim.AdamW(ours.parameters(), lr=0.1)
+    ours.decode(z).square().mean().backward()
+    optimizer.step()
+    check()
+    for p in ours.parameters():
+        p.data.mul_(1.1)  # leaves the version counter as it is
+    check()
 
 
 def test_start_keeps_the_signal_and_every_parameter_learns():
@@ -163,6 +269,16 @@ def test_a_size_that_does_not_fit_names_the_nearest(size, nearest):
     vae = VAE(**SD)
     with pytest.raises(ValueError, match=f"factor 4; the nearest size that fits is {nearest}"):
         vae.encode(torch.zeros(1, 3, *size))
+
+
+def test_channels_of_another_model_are_named():
+    vae = VAE(**SD)
+    with pytest.raises(ValueError, match=r"latents of shape \(1, 16, 4, 4\).*latent_channels=4"):
+        vae.decode(torch.zeros(1, 16, 4, 4))
+    with pytest.raises(ValueError, match=r"picture of shape \(1, 4, 16, 16\).*in_channels=3"):
+        vae.encode(torch.zeros(1, 4, 16, 16))
+    with pytest.raises(ValueError, match=r"picture of shape \(3, 16, 16\)"):
+        vae.encode(torch.zeros(3, 16, 16))
 
 
 @pytest.mark.parametrize(

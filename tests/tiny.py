@@ -17,6 +17,7 @@ from transformers import (
 )
 
 from ldm.models.bpe import train_tokenizer
+from ldm.models.dit import DiT
 from ldm.models.mmdit import MMDiT
 from ldm.models.text import TextEncoder
 from ldm.models.unet import UNet
@@ -110,3 +111,11 @@ def mmdit(sample_size: int = 8, **kw) -> MMDiT:
         pooled_projection_dim=POOLED + 2, pos_embed_max_size=12,
     )  # fmt: skip
     return randomize(MMDiT(**(config | kw)), 4, 0.08)  # larger weights make 20 steps of it amplify rounding
+
+
+def dit(sample_size: int = 8, **kw) -> DiT:
+    config = dict(
+        num_attention_heads=3, attention_head_dim=8, in_channels=4, out_channels=4, num_layers=3,
+        cross_attention_dim=24, sample_size=sample_size, caption_channels=WIDTH,
+    )  # fmt: skip
+    return randomize(DiT(**(config | kw)), 5)

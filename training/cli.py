@@ -263,6 +263,28 @@ def inspect_path(
 
 
 @app.command()
+def convert(
+    source: Annotated[Path, typer.Argument(metavar="IN", help="Pipeline folder, or one file of weights.")],
+    target: Annotated[Path, typer.Argument(metavar="OUT", help="Name of a .safetensors file, or of a folder.")],
+    dtype: Annotated[str | None, typer.Option(help="fp16, bf16 or fp32; by default each tensor keeps its own.")] = None,
+    allow_pickle: Annotated[
+        bool, typer.Option("--allow-pickle", help="Read a pickled checkpoint's tensors, and nothing that runs.")
+    ] = False,
+    layout: Annotated[
+        str | None, typer.Option(help="sd15, sd21, sdxl or sd3; by default told from what IN holds.")
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="For a file: pipeline folder of its family, for tokenizers and configs.")
+    ] = None,
+) -> None:
+    """Turn a pipeline folder into the one file that A1111 and ComfyUI read, or such a file into a folder."""
+    _logging()
+    from pipelines.convert import convert as run
+
+    print(run(source, target, dtype=dtype, allow_pickle=allow_pickle, layout=layout, config=config))
+
+
+@app.command()
 def init(
     name: Annotated[
         str | None, typer.Argument(help="Config to copy, for example openmoji/unet; none lists them.")

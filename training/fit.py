@@ -28,6 +28,9 @@ def contradiction(config: Config) -> str | None:
     """What can be seen in one config alone."""
     data, model = config.data, config.model
     if isinstance(config, ClipConfig):
+        for key, unset in (("attention_backend", "auto"), ("gradient_checkpointing", 0)):
+            if getattr(config.train, key) != unset:
+                return f"train.{key} belongs to the autoencoder and diffusion tasks: the CLIP is transformers' own"
         if data.resolution % config.model.vision.patch_size:
             return f"data.resolution {data.resolution} is not a multiple of model.vision.patch_size"
         for name, tower in (("text", config.model.text), ("vision", config.model.vision)):

@@ -114,7 +114,9 @@ def _step(config: Config, earlier: Sequence[Config], device: torch.device) -> tu
     if isinstance(config, AutoencoderConfig):
         from ldm.models.vae import VAE
 
-        vae = VAE(**config.model.model_dump()).to(device)
+        from .tasks.common import tuned
+
+        vae = tuned(VAE(**config.model.model_dump()), config.train).to(device)
         x = torch.randn(n, 3, *[config.data.random_crop or side] * 2, device=device)
         eps = torch.randn_like(x[:, :1, :: vae.factor, :: vae.factor]).repeat(1, config.model.latent_channels, 1, 1)
         return vae, lambda: (vae(x, eps)[0].float() - x).abs().mean()

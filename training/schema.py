@@ -54,6 +54,8 @@ class Train(Section):
     batch_size: Positive = 16  # pictures per process and micro-batch
     gradient_accumulation_steps: Positive = 1
     mixed_precision: Literal["auto", "no", "bf16"] = "auto"  # auto: bf16 where the hardware has units for it
+    attention_backend: Literal["auto", "xformers", "flash", "sdpa", "plain"] = "auto"
+    gradient_checkpointing: Share = 0.0  # share of the blocks recomputed in the backward pass; true: all
     num_workers: Annotated[int, Field(ge=0)] = 0
     log_every: Positive = 1_000
     validate_every: Positive = 10_000

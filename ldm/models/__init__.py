@@ -5,9 +5,12 @@ from typing import TYPE_CHECKING
 from ..lazy import attach
 
 if TYPE_CHECKING:
+    from .dit import DiT
     from .mmdit import MMDiT
     from .text import TextEncoder
     from .unet import UNet
     from .vae import VAE
 
-__getattr__, __dir__ = attach(__name__, {"mmdit": "MMDiT", "text": "TextEncoder", "unet": "UNet", "vae": "VAE"})
+__getattr__, __dir__ = attach(
+    __name__, {"dit": "DiT", "mmdit": "MMDiT", "text": "TextEncoder", "unet": "UNet", "vae": "VAE"}
+)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -11,8 +10,9 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 log = logging.getLogger(__name__)
-SMALL = 256**2  # logits per head
-BACKENDS = ("auto", "xformers", "flash", "sdpa", "plain")
+SMALL = 128**2  # logits per head, below which two plain products train faster on a CPU than SDPA's backward pass
+FLASH_DIM = 256  # the widest head that the flash kernels on CUDA take
+HALF = (torch.float16, torch.bfloat16)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, *, backend: str = "auto") -> Tensor:
@@ -22,53 +22,159 @@ def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, *, ba
         q: (B, H, N, d).
         k, v: (B, H, M, d).
         bias: (B, M) added to the logits of these keys, the same for every head and query: -inf hides a key,
-            log n makes it count as n equal keys.
-        backend: ``auto`` (SDPA, but ``plain`` when training on a CPU with few tokens), ``sdpa``, ``flash``,
-            ``xformers`` or ``plain``.
+            log n makes it count as n equal keys (rounded to q's dtype: log 256 counts as 252.5 in bfloat16 and as
+            256.4 in float16). Where every key of a row of the batch is hidden, its output and gradients are zero.
+            It bears no gradient itself.
+        backend:
+            ``auto``: SDPA, or ``plain`` when training on a CPU with few tokens; says once per case what it took.
+            ``sdpa``: torch's choice of kernel; with a bias on CUDA the memory-efficient one, since flash takes none.
+            ``flash``: the flash kernel and nothing else: no bias; on CUDA float16 or bfloat16.
+            ``xformers``: xFormers' ``memory_efficient_attention``, on CUDA.
+            ``plain``: two products and a softmax.
     Returns:
         (B, H, N, d).
     Raises:
-        ValueError: unknown backend, or one that cannot do this (flash takes no bias).
-        RuntimeError: the backend cannot run here, and why.
+        ValueError: unknown backend, or one that does not take these tensors, and which one does.
+        RuntimeError: the backend cannot run on this machine, and why.
     """
-    if backend == "auto" and q.device.type == "cpu" and q.requires_grad and q.shape[2] * k.shape[2] <= SMALL:
-        backend = "plain"  # SDPA's backward pass on a CPU takes longer than two small products
-    if backend in ("auto", "sdpa"):
-        return F.scaled_dot_product_attention(q, k, v, _expand(bias, q))
-    if backend == "plain":
-        logits = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5  # (B, H, N, M)
-        if bias is not None:
-            logits = logits + bias[:, None, None, :].to(q.dtype)
-        return logits.softmax(-1) @ v
-    check_backend(backend)
-    if backend == "flash":
-        if bias is not None:
-            raise ValueError("attention backend 'flash' takes no mask; use 'auto' or 'sdpa' for this model")
-        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-            return F.scaled_dot_product_attention(q, k, v)
-    from xformers.ops import memory_efficient_attention  # type: ignore[import-not-found]
-
-    q, k, v = (x.transpose(1, 2).contiguous() for x in (q, k, v))  # xformers: (B, N, H, d)
-    if bias is not None:
-        bias = bias[:, None, None, :].to(q.dtype).expand(-1, q.shape[2], q.shape[1], -1)  # (B, H, N, M)
-    return memory_efficient_attention(q, k, v, attn_bias=bias).transpose(1, 2)
+    if bias is not None and bias.shape != (q.shape[0], k.shape[2]):
+        expected = (q.shape[0], k.shape[2])
+        raise ValueError(f"attention bias: shape {tuple(bias.shape)}, expected {expected}: one number per row and key")
+    if backend == "auto":
+        kind, biased = q.device.type, bias is not None
+        if kind == "cpu" and q.requires_grad and q.shape[2] * k.shape[2] <= SMALL:
+            backend = _auto(kind, q.dtype, biased, True)
+        else:
+            backend = _auto(kind, q.dtype, biased, False)
+    if backend not in KERNELS:
+        raise ValueError(_unknown(backend))
+    return KERNELS[backend](q, k, v, bias)
 
 
-@cache
-def check_backend(name: str) -> None:
-    """Refuse a backend that is not known or cannot run on this machine, and say why."""
+def check_backend(name: str, head_dim: int | None = None) -> None:
+    """Refuse a backend that no call can use on this machine (with heads ``head_dim`` wide), and say why."""
     if name not in BACKENDS:
-        raise ValueError(f"attention backend {name!r} is not one of {', '.join(BACKENDS)}")
+        raise ValueError(_unknown(name))
     if name == "xformers":
-        try:
-            import xformers.ops  # type: ignore[import-not-found]  # noqa: F401
-        except ImportError as error:
-            raise RuntimeError(f"attention backend 'xformers': the package cannot be imported ({error})") from error
+        _xformers_op()
         if not torch.cuda.is_available():
-            raise RuntimeError("attention backend 'xformers': its kernels need a CUDA device, none is visible")
-    if name == "auto":
-        log.info("attention backend: auto takes torch's SDPA, and plain products for few tokens on a CPU")
+            raise RuntimeError(
+                f"attention backend 'xformers': its kernels need a CUDA device, none is visible; {OTHER}"
+            )
+        if head_dim is not None and head_dim % 4:
+            raise ValueError(
+                f"attention backend 'xformers': heads {head_dim} wide, it takes multiples of 8 (4 in float32)"
+            )
+    if name == "flash" and torch.cuda.is_available():
+        if torch.version.hip is None and torch.cuda.get_device_capability() < (8, 0):
+            raise RuntimeError(
+                f"attention backend 'flash': needs compute capability 8.0 (Ampere), {torch.cuda.get_device_name()} has "
+                f"{'.'.join(map(str, torch.cuda.get_device_capability()))}; {OTHER}"
+            )
+        if head_dim is not None and head_dim > FLASH_DIM:
+            raise ValueError(f"attention backend 'flash': heads {head_dim} wide, it takes {FLASH_DIM} at most; {OTHER}")
 
 
-def _expand(bias: Tensor | None, q: Tensor) -> Tensor | None:
-    return None if bias is None else bias[:, None, None, :].to(q.dtype).expand(-1, 1, q.shape[2], -1)
+OTHER = "take 'auto' or 'sdpa'"
+_said: set[tuple] = set()
+
+
+@torch.compiler.assume_constant_result  # torch.compile calls it while tracing: the choice is logged there too
+def _auto(device: str, dtype: torch.dtype, biased: bool, few: bool) -> str:
+    """What ``auto`` takes; logged the first time that this is asked."""
+    taken = "plain" if few else "sdpa"
+    if (device, dtype, biased, few) not in _said:
+        _said.add((device, dtype, biased, few))
+        name = str(dtype).removeprefix("torch.")
+        why = "torch's SDPA"
+        if few:
+            why = "plain products: training on a CPU with few tokens"
+        elif device == "cuda" and biased:
+            why = "SDPA's memory-efficient kernel: flash takes no bias (padded or folded text)"
+        elif device == "cuda":
+            why = "SDPA, with a flash kernel" if dtype in HALF else f"SDPA: the flash kernels take no {name}"
+        log.info("attention on %s, %s, %s bias: auto takes %s", device, name, "with" if biased else "no", why)
+    return taken
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+    if bias is None:
+        return F.scaled_dot_product_attention(q, k, v)
+    if not q.is_cuda:
+        return F.scaled_dot_product_attention(q, k, v, bias[:, None, None, :].to(q.dtype))
+    # Not cuDNN's kernel, which torch 2.11 to 2.13 prefers on Hopper: with a mask its gradients can be NaN
+    # (pytorch#196678).
+    with sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
+        return F.scaled_dot_product_attention(q, k, v, _aligned(bias, q.dtype))
+
+
+def _plain(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+    logits = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)  # (B, H, N, M); q scaled: smaller, and no overflow in half
+    if bias is not None:
+        bias, v = _without_empty_rows(bias, v)
+        logits = logits + bias[:, None, None, :].to(q.dtype)
+    return logits.softmax(-1) @ v
+
+
+def _flash(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+    if bias is not None:
+        raise ValueError(
+            "attention backend 'flash' takes no bias (padded or folded text); take 'auto', which uses SDPA's "
+            "memory-efficient kernel then, or 'xformers'"
+        )
+    if q.device.type not in ("cuda", "cpu"):
+        raise ValueError(
+            f"attention backend 'flash': tensors on {q.device.type}, it takes CUDA's and the CPU's; {OTHER}"
+        )
+    if q.is_cuda and q.dtype not in HALF:
+        raise ValueError(f"attention backend 'flash' takes float16 and bfloat16 on CUDA, not {q.dtype}; {OTHER}")
+    if q.is_cuda and q.shape[-1] > FLASH_DIM:
+        raise ValueError(f"attention backend 'flash': heads {q.shape[-1]} wide, it takes {FLASH_DIM} at most; {OTHER}")
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        return F.scaled_dot_product_attention(q, k, v)
+
+
+def _xformers(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+    memory_efficient_attention = _xformers_op()
+    if bias is not None:
+        bias, v = _without_empty_rows(bias, v)
+        bias = _aligned(bias, q.dtype).expand(-1, q.shape[1], q.shape[2], -1)  # (B, H, N, M), which it insists on
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, N, H, d), views: only the last stride has to be 1
+    try:
+        return memory_efficient_attention(q, k, v, attn_bias=bias).transpose(1, 2)
+    except (NotImplementedError, ValueError) as error:
+        what = f"q {tuple(q.shape)} (batch, tokens, heads, width), {q.dtype}, {q.device}"
+        raise ValueError(
+            f"attention backend 'xformers' does not take {what}; {OTHER}. xFormers says: {error}"
+        ) from error
+
+
+def _xformers_op():
+    try:
+        from xformers.ops import memory_efficient_attention  # type: ignore[import-not-found]
+    except ImportError as error:  # also where the package is there, but not the one that holds its kernels
+        raise RuntimeError(
+            f"attention backend 'xformers' cannot be imported ({error}): pip install xformers; or {OTHER}"
+        ) from error
+    return memory_efficient_attention
+
+
+def _aligned(bias: Tensor, dtype: torch.dtype) -> Tensor:
+    """(B, M) -> (B, 1, 1, M), a slice of storage whose rows are multiples of 8 long: the kernels read 16 bytes at a
+    time, and SDPA would otherwise copy the whole (B, 1, N, M) to get there."""
+    length = bias.shape[-1]
+    return F.pad(bias.to(dtype), (0, -length % 8))[:, None, None, :length]
+
+
+def _without_empty_rows(bias: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows whose keys are all hidden get zero values instead of a softmax over nothing, which is NaN."""
+    empty = bias.amax(-1) == -torch.inf  # (B,)
+    return bias.masked_fill(empty[:, None], 0.0), v.masked_fill(empty[:, None, None, None], 0.0)
+
+
+def _unknown(name: str) -> str:
+    return f"attention backend {name!r} is not one of {', '.join(BACKENDS)}"
+
+
+KERNELS = {"xformers": _xformers, "flash": _flash, "sdpa": _sdpa, "plain": _plain}
+BACKENDS = ("auto", *KERNELS)

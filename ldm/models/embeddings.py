@@ -26,14 +26,21 @@ def timestep_embedding(t: Tensor, dim: int, *, flip_sin_to_cos: bool = True, fre
 
 
 class TimestepMLP(nn.Module):
-    """Two layers on top of a sinusoidal or pooled vector; names are those of diffusers' ``TimestepEmbedding``."""
+    """Two layers on top of a sinusoidal or pooled vector; names are those of diffusers' ``TimestepEmbedding``.
 
-    def __init__(self, width_in: int, width: int):
+    Args:
+        extra_width: of a second vector, which is projected and added to the first one.
+    """
+
+    def __init__(self, width_in: int, width: int, extra_width: int | None = None):
         super().__init__()
         self.linear_1 = nn.Linear(width_in, width)
+        self.cond_proj = None if extra_width is None else nn.Linear(extra_width, width_in, bias=False)
         self.linear_2 = nn.Linear(width, width)
 
-    def forward(self, x: Tensor) -> Tensor:  # (B, width_in) -> (B, width)
+    def forward(self, x: Tensor, extra: Tensor | None = None) -> Tensor:  # (B, width_in) -> (B, width)
+        if self.cond_proj is not None and extra is not None:
+            x = x + self.cond_proj(extra)
         return self.linear_2(F.silu(self.linear_1(x)))
 
 

@@ -12,6 +12,7 @@ from ..cond import Cond
 from .attention import attention
 from .base import Network
 from .embeddings import PatchEmbed, TimestepMLP, timestep_embedding
+from .transformer import Linear
 
 LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 TIME_WIDTH = 256  # sinusoids that the time is turned into
@@ -33,7 +34,7 @@ class MMDiT(Network):
         dual_attention_layers: blocks in which the image also attends to itself alone (SD 3.5 medium: 0 to 12).
         qk_norm: None, or ``rms_norm`` on queries and keys (SD 3.5).
     Raises:
-        ValueError: widths that do not fit together, an unknown ``qk_norm``, no ``pos_embed_max_size``.
+        ValueError: widths that do not fit together, an unknown ``qk_norm``, no ``pos_embed_max_size``, a size below 1.
     """
 
     stock = "SD3Transformer2DModel"
@@ -69,6 +70,11 @@ class MMDiT(Network):
             dual_attention_layers=tuple(dual_attention_layers),
             qk_norm=qk_norm,
         )
+        counts = {k: v for k, v in self.config.items() if isinstance(v, int) and v < 1}
+        if counts:
+            raise ValueError(f"MMDiT with {', '.join(f'{k}={v}' for k, v in counts.items())}: expected at least 1")
+        if sample_size < patch_size:
+            raise ValueError(f"sample_size={sample_size} holds no patch of patch_size={patch_size}")
         heads, width = num_attention_heads, num_attention_heads * attention_head_dim
         if caption_projection_dim != width:
             raise ValueError(
@@ -77,8 +83,8 @@ class MMDiT(Network):
             )
         if qk_norm not in (None, "rms_norm"):
             raise ValueError(f"qk_norm={qk_norm!r}: expected None or 'rms_norm'")
-        if not pos_embed_max_size:
-            raise ValueError(f"pos_embed_max_size={pos_embed_max_size}: expected the largest side in patches")
+        if pos_embed_max_size is None:  # in stock: sinusoids made for each size, which no SD 3 has
+            raise ValueError("pos_embed_max_size=None: expected the largest side in patches")
         beyond = [i for i in dual_attention_layers if not 0 <= i < num_layers]
         if beyond:
             raise ValueError(f"dual_attention_layers holds {beyond}: blocks are numbered from 0 to {num_layers - 1}")
@@ -86,13 +92,13 @@ class MMDiT(Network):
         self.out_channels = in_channels if out_channels is None else out_channels
         self.pos_embed = PatchEmbed(in_channels, width, patch_size, sample_size, pos_embed_max_size)
         self.time_text_embed = TimeTextEmbed(width, pooled_projection_dim)
-        self.context_embedder = nn.Linear(joint_attention_dim, width)
+        self.context_embedder = Linear(joint_attention_dim, width)
         self.transformer_blocks = nn.ModuleList(
             JointBlock(width, heads, qk_norm is not None, dual=i in dual_attention_layers, last=i == num_layers - 1)
             for i in range(num_layers)
         )
         self.norm_out = Modulation(width, 2)
-        self.proj_out = nn.Linear(width, patch_size**2 * self.out_channels)
+        self.proj_out = Linear(width, patch_size**2 * self.out_channels)
         self._init_weights()
 
     def forward(self, x: Tensor, time: Tensor, cond: Cond) -> Tensor:
@@ -106,9 +112,9 @@ class MMDiT(Network):
         Returns:
             (B, out_channels, H, W).
         Raises:
-            ValueError: a size that does not fit, no pooled vector, or text of another width.
+            ValueError: a size that does not fit, other channels, no pooled vector, text of another width or batch.
         """
-        self._check(cond)
+        self._check(x, cond)
         assert cond.pooled is not None
         p, (height, width) = self.patch_size, x.shape[-2:]
         x = self.pos_embed(x)  # (B, N, D)
@@ -122,7 +128,11 @@ class MMDiT(Network):
         x = x.view(-1, height // p, width // p, p, p, self.out_channels)
         return x.permute(0, 5, 1, 3, 2, 4).reshape(-1, self.out_channels, height, width)
 
-    def _check(self, cond: Cond) -> None:
+    def _check(self, x: Tensor, cond: Cond) -> None:
+        if x.ndim != 4 or x.shape[1] != self.config["in_channels"]:
+            raise ValueError(f"MMDiT: x is {tuple(x.shape)}; expected (B, {self.config['in_channels']}, H, W)")
+        if cond.extra is not None:
+            raise ValueError("MMDiT: cond.extra is given; this network takes no channels beside the latents")
         if cond.pooled is None:
             raise ValueError("MMDiT: cond.pooled is missing; expected (B, pooled_projection_dim)")
         for name, value, field in (
@@ -131,6 +141,8 @@ class MMDiT(Network):
         ):
             if value.shape[-1] != self.config[field]:
                 raise ValueError(f"MMDiT: cond.{name} is {value.shape[-1]} wide; expected {field}={self.config[field]}")
+            if len(value) != len(x):
+                raise ValueError(f"MMDiT: cond.{name} is for {len(value)} pictures; x holds {len(x)}")
         if cond.bias is not None and cond.bias.shape != cond.tokens.shape[:2]:
             raise ValueError(
                 f"MMDiT: cond.bias is {tuple(cond.bias.shape)}; expected one per token, {tuple(cond.tokens.shape[:2])}"
@@ -170,7 +182,7 @@ class Modulation(nn.Module):
     def __init__(self, width: int, n: int):
         super().__init__()
         self.n = n
-        self.linear = nn.Linear(width, n * width)
+        self.linear = Linear(width, n * width)
 
     def forward(self, c: Tensor) -> tuple[Tensor, ...]:  # (B, D) -> n times (B, 1, D)
         return self.linear(c)[:, None].chunk(self.n, dim=-1)
@@ -205,10 +217,12 @@ class JointBlock(nn.Module):
             shift_t, scale_t, gate_t, shift_ff_t, scale_ff_t, gate_ff_t = self.norm1_context(c)
         y, y_t = self.attn(modulate(x, shift, scale), modulate(text, shift_t, scale_t), bias)
 
-        before, x = x, torch.addcmul(x, gate, y)
-        if self.attn2 is not None:  # both attentions read the same tokens
+        if self.attn2 is None:
+            x = torch.addcmul(x, gate, y)
+        else:  # both attentions read the same tokens
             shift2, scale2, gate2 = dual
-            x = torch.addcmul(x, gate2, self.attn2(modulate(before, shift2, scale2)))
+            y2 = self.attn2(modulate(x, shift2, scale2))
+            x = torch.addcmul(torch.addcmul(x, gate, y), gate2, y2)
         x = torch.addcmul(x, gate_ff, self.ff(modulate(x, shift_ff, scale_ff)))
 
         if self.ff_context is None:
@@ -224,19 +238,23 @@ class SelfAttention(nn.Module):
         super().__init__()
         self.heads = heads
         self.backend = "auto"
-        self.to_q = nn.Linear(width, width)
-        self.to_k = nn.Linear(width, width)
-        self.to_v = nn.Linear(width, width)
-        self.to_out = nn.Sequential(nn.Linear(width, width))
+        self.to_q = Linear(width, width)
+        self.to_k = Linear(width, width)
+        self.to_v = Linear(width, width)
+        self.to_out = nn.Sequential(Linear(width, width))
         self.norm_q = RMSNorm(width // heads) if qk_norm else nn.Identity()
         self.norm_k = RMSNorm(width // heads) if qk_norm else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:  # (B, N, D)
-        return self.to_out(merge(attention(*self.image_qkv(x), backend=self.backend)))
+        q, k, v = self.norm_q(self.split(self.to_q(x))), self.norm_k(self.split(self.to_k(x))), self.split(self.to_v(x))
+        return self.to_out(self.attend(q, k, v, None))
 
-    def image_qkv(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # each (B, H, N, d)
-        q, k, v = (split(f(x), self.heads) for f in (self.to_q, self.to_k, self.to_v))
-        return self.norm_q(q), self.norm_k(k), v
+    def split(self, x: Tensor) -> Tensor:  # (B, N, D) -> (B, N, H, d)
+        return x.unflatten(-1, (self.heads, -1))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:  # (B, N, H, d) -> (B, N, D)
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        return attention(q, k, v, bias, backend=self.backend).transpose(1, 2).flatten(2)
 
 
 class JointAttention(SelfAttention):
@@ -244,28 +262,26 @@ class JointAttention(SelfAttention):
 
     def __init__(self, width: int, heads: int, qk_norm: bool, *, last: bool):
         super().__init__(width, heads, qk_norm)
-        self.add_q_proj = nn.Linear(width, width)
-        self.add_k_proj = nn.Linear(width, width)
-        self.add_v_proj = nn.Linear(width, width)
-        self.to_add_out = None if last else nn.Linear(width, width)
+        self.add_q_proj = Linear(width, width)
+        self.add_k_proj = Linear(width, width)
+        self.add_v_proj = Linear(width, width)
+        self.to_add_out = None if last else Linear(width, width)
         self.norm_added_q = RMSNorm(width // heads) if qk_norm else nn.Identity()
         self.norm_added_k = RMSNorm(width // heads) if qk_norm else nn.Identity()
 
     def forward(self, x: Tensor, text: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """x (B, N, D), text (B, L, D), bias (B, N + L) -> what is to be added to either."""
-        q_t, k_t, v_t = (split(f(text), self.heads) for f in (self.add_q_proj, self.add_k_proj, self.add_v_proj))
-        pairs = zip(self.image_qkv(x), (self.norm_added_q(q_t), self.norm_added_k(k_t), v_t), strict=True)
-        q, k, v = (torch.cat(pair, dim=2) for pair in pairs)  # (B, H, N + L, d)
-        y, y_t = merge(attention(q, k, v, bias, backend=self.backend)).split([x.shape[1], text.shape[1]], dim=1)
+        # Nobody reads what the last block's text would find: it asks nothing. Zero tokens, not no call, so that the
+        # weights have a gradient of zero, as in the stock class: DDP waits for every parameter's.
+        asking = text if self.to_add_out is not None else text[:, :0]
+        q, q_t = self.norm_q(self.split(self.to_q(x))), self.norm_added_q(self.split(self.add_q_proj(asking)))
+        q = torch.cat([q, q_t], dim=1)  # (B, N + L, H, d); one after the other, so that few are alive at once
+        k, k_t = self.norm_k(self.split(self.to_k(x))), self.norm_added_k(self.split(self.add_k_proj(text)))
+        k = torch.cat([k, k_t], dim=1)
+        v = torch.cat([self.split(self.to_v(x)), self.split(self.add_v_proj(text))], dim=1)
+        del q_t, k_t
+        y, y_t = self.attend(q, k, v, bias).split([x.shape[1], asking.shape[1]], dim=1)
         return self.to_out(y), None if self.to_add_out is None else self.to_add_out(y_t)
-
-
-def split(x: Tensor, heads: int) -> Tensor:  # (B, N, D) -> (B, H, N, d)
-    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
-
-
-def merge(x: Tensor) -> Tensor:  # (B, H, N, d) -> (B, N, D)
-    return x.transpose(1, 2).flatten(2)
 
 
 class RMSNorm(nn.Module):
@@ -285,7 +301,7 @@ class FeedForward(nn.Module):
 
     def __init__(self, width: int):
         super().__init__()
-        self.net = nn.Sequential(GELU(width, 4 * width), nn.Identity(), nn.Linear(4 * width, width))
+        self.net = nn.Sequential(GELU(width, 4 * width), nn.Identity(), Linear(4 * width, width))
 
     def forward(self, x: Tensor) -> Tensor:  # (B, N, D)
         return self.net(x)
@@ -296,7 +312,10 @@ class GELU(nn.Module):
 
     def __init__(self, width_in: int, width: int):
         super().__init__()
-        self.proj = nn.Linear(width_in, width)
+        self.proj = Linear(width_in, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.gelu(self.proj(x), approximate="tanh")
+        x = self.proj(x)
+        if torch.is_grad_enabled() and x.requires_grad:
+            return F.gelu(x, approximate="tanh")
+        return torch.ops.aten.gelu_(x, approximate="tanh")  # the widest tensor of all: not two of them

@@ -1,86 +1,117 @@
-"""Prompts -> Cond: one CLIP text tower, read the way the stock pipelines of each family read it."""
+"""Prompts -> Cond: one to three text encoders, read the way the stock pipelines of each family read them."""
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
-from transformers.utils import logging as transformers_logging
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, T5EncoderModel
 
 from ..cond import Cond
+from .text_files import SECOND_WIDTH, Tokenizer, Tower, check_hub_options, from_hub, is_empty_folder, open_tower
 
-Tower = TypeVar("Tower", bound=CLIPTextModel | CLIPTextModelWithProjection)
-FAMILIES: dict[str, type[CLIPTextModel] | type[CLIPTextModelWithProjection]] = {
-    "sd": CLIPTextModel,
-    "sd3": CLIPTextModelWithProjection,
+# of each family, the encoders by the names of their folders, and the classes that each may be
+FAMILIES: dict[str, dict[str, tuple[type[Tower], ...]]] = {
+    "sd": {"text_encoder": (CLIPTextModel,)},
+    "sdxl": {"text_encoder": (CLIPTextModel,), "text_encoder_2": (CLIPTextModelWithProjection,)},
+    "sd3": {
+        "text_encoder": (CLIPTextModelWithProjection,),
+        "text_encoder_2": (CLIPTextModelWithProjection,),
+        "text_encoder_3": (T5EncoderModel,),
+    },
+    "pixart": {"text_encoder": (T5EncoderModel, CLIPTextModel)},
 }
-EMPTY_TOKENS = 256  # SD3's third encoder always adds this many; without one they are zeros, and not masked
-SECOND_WIDTH = 2  # SD3 asks for a second CLIP: ours is all zeros and 2 wide
+T5_TOKENS = {"sd3": 256, "pixart": 120}  # the stock pipelines' max_sequence_length; PixArt-Sigma's is 300
+EMPTY_TOKENS = T5_TOKENS["sd3"]  # without a T5, SD3 is given this many zeros, and they are not masked
 
 
 class TextEncoder(nn.Module):
-    """A tokenizer and a CLIP text tower.
+    """Tokenizers and text encoders of one model family (D and P are the encoders' hidden and projected widths).
 
-    - ``sd``: the tokens are the last hidden state, after the final norm; padding is not masked.
-    - ``sd3``: the last hidden state but one, padded with zeros to ``joint_width``; the pooled vector is the
-      projected end token. Stock SD3 adds a second CLIP and 256 tokens of a T5. With all-zero ones in their
-      places, the tokens bear no position and stay equal to one another through every block, so one zero token
-      whose logits are raised by log 256 is the same function of them.
+    - ``sd`` (CLIP-L or OpenCLIP-H): the last hidden state, after the final norm. Padding is not masked.
+    - ``sdxl`` (CLIP-L and OpenCLIP-G, or the second alone; Podell et al. 2023, section 2.1): the last hidden states
+      but one side by side, (B, L, D1 + D2); ``pooled`` (B, P2) is the second's projected end token. Padding is not
+      masked. A negative prompt that is left out is zeros, and so is what training drops to.
+    - ``sd3`` (CLIP-L, OpenCLIP-G and T5; Esser et al. 2024, figure 2a): the CLIPs as in SDXL, padded with zeros to
+      the network's ``joint_attention_dim``, then T5's tokens; ``pooled`` (B, P1 + P2). No padding is masked, neither
+      for T5 nor for the network. Without T5 stock appends 256 zeros. They bear no position and stay equal to one
+      another through every block, so one zero token whose logits are raised by log 256 is the same function of them.
+      With one CLIP alone, an all-zero one, 2 wide, stands for the second.
+    - ``pixart`` (T5, or a CLIP; Chen et al. 2024): the last hidden state of the prompt in lower case; padding is
+      masked both for T5 and, with a bias of -inf, for the network.
 
     Args:
-        tokenizer: its ``model_max_length`` is the number of CLIP tokens that every prompt is cut or padded to.
-        model: ``CLIPTextModel`` (sd) or ``CLIPTextModelWithProjection`` (sd3).
-        family: ``sd`` or ``sd3``.
-        joint_width: width of sd3's tokens, the network's ``joint_attention_dim``; the model's own if None.
+        tokenizer, model: the first encoder; of SDXL's refiner the only one, a ``CLIPTextModelWithProjection``. A CLIP
+            tokenizer's ``model_max_length`` is the number of tokens that every prompt is cut or padded to.
+        family: one of the above.
+        joint_width: of sd3, the network's ``joint_attention_dim``; T5's width, or the CLIPs' together, if None.
+        second: tokenizer and model of the second CLIP.
+        t5: tokenizer and model of sd3's T5.
+        max_sequence_length: T5's tokens; the stock pipeline's number if None (256 in sd3, 120 in pixart).
+        zeros_for_empty: of sdxl, whether the null prompt is zeros (stock's ``force_zeros_for_empty_prompt``).
     Raises:
         ValueError: the parts do not fit together.
     """
 
     def __init__(
         self,
-        tokenizer: CLIPTokenizer,
-        model: CLIPTextModel | CLIPTextModelWithProjection,
+        tokenizer: Tokenizer,
+        model: Tower,
         family: str = "sd",
         joint_width: int | None = None,
+        *,
+        second: tuple[Tokenizer, Tower] | None = None,
+        t5: tuple[Tokenizer, Tower] | None = None,
+        max_sequence_length: int | None = None,
+        zeros_for_empty: bool = True,
     ):
         super().__init__()
         check_family(family)
-        config: Any = model.config
-        if not isinstance(model, FAMILIES[family]):
-            raise ValueError(f"text family {family!r} takes a {FAMILIES[family].__name__}, got {type(model).__name__}")
-        if getattr(config, "use_attention_mask", False):
-            raise ValueError(f"a text encoder with use_attention_mask is not supported in family {family!r}")
-        if family == "sd" and joint_width not in (None, config.hidden_size):
-            raise ValueError(f"text width is {config.hidden_size}, the network takes {joint_width}: they must be equal")
-        if joint_width is not None and joint_width < config.hidden_size:
-            raise ValueError(f"text width {config.hidden_size} does not fit into joint_attention_dim {joint_width}")
-        if len(tokenizer) > config.vocab_size:
-            raise ValueError(f"the tokenizer has {len(tokenizer)} entries, the text model only {config.vocab_size}")
-        if tokenizer.model_max_length > 1_000_000:  # what transformers writes for "not stored"
-            tokenizer.model_max_length = config.max_position_embeddings
-        if tokenizer.model_max_length > config.max_position_embeddings:
-            raise ValueError(
-                f"the tokenizer's model_max_length is {tokenizer.model_max_length}, "
-                f"the text model has positions for {config.max_position_embeddings}"
-            )
-        if family == "sd3":
-            _check_end_token(tokenizer, config.eos_token_id)
         self.tokenizer, self.model, self.family = tokenizer, model, family
-        self.width: int = joint_width or config.hidden_size
-        self.pooled_width: int | None = config.projection_dim + SECOND_WIDTH if family == "sd3" else None
+        self.tokenizer_2, self.model_2 = second or (None, None)
+        self.tokenizer_3, self.model_3 = t5 or (None, None)
+        self.zeros_for_empty = zeros_for_empty
+        self.max_sequence_length: int = max_sequence_length or T5_TOKENS.get(family, 0)
+        self._check()
+        widths = [_width(tower) for _, tower in self._clips()]
+        if family == "sd3":
+            self.width: int = joint_width or (sum(widths) if self.model_3 is None else _width(self.model_3))
+            self._check_joint_width(widths)
+        else:
+            self.width = sum(widths) or _width(model)
+            if joint_width not in (None, self.width):
+                raise ValueError(f"text width is {self.width}, the network takes {joint_width}: they must be equal")
+        projected = [tower.config.projection_dim for _, tower in self._clips() if _projects(tower)]
+        self.pooled_width: int | None = None
+        if family in ("sdxl", "sd3"):
+            self.pooled_width = sum(projected) + (SECOND_WIDTH if family == "sd3" and second is None else 0)
         self.train(model.training)
+
+    # --- what there is -----------------------------------------------------------------------------------------------
+
+    def towers(self) -> dict[str, tuple[Tokenizer, Tower]]:
+        """Tokenizer and model of each encoder, by the name that stock pipelines have for it."""
+        first = "text_encoder_2" if self.family == "sdxl" and self.model_2 is None else "text_encoder"
+        found: dict[str, tuple[Any, Any]] = {first: (self.tokenizer, self.model)}
+        if self.model_2 is not None:
+            found["text_encoder_2"] = (self.tokenizer_2, self.model_2)
+        if self.model_3 is not None:
+            found["text_encoder_3"] = (self.tokenizer_3, self.model_3)
+        return found
+
+    def _clips(self) -> list[tuple[Tokenizer, Any]]:
+        return [(t, m) for t, m in self.towers().values() if not isinstance(m, T5EncoderModel)]
 
     @property
     def max_length(self) -> int:
-        """CLIP tokens per prompt, start and end included."""
+        """Tokens per prompt, start and end included, that the first encoder reads."""
+        if isinstance(self.model, T5EncoderModel):
+            return self.max_sequence_length
         return self.tokenizer.model_max_length
 
     @property
@@ -91,127 +122,202 @@ class TextEncoder(nn.Module):
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
 
+    # --- prompts -> ids ----------------------------------------------------------------------------------------------
+
     def tokenize(self, prompts: Sequence[str]) -> Tensor:
         """(B, max_length) ids, cut at the end and padded. Raises ValueError naming a prompt that is no text."""
+        return self._tokens(self.tokenizer, prompts, self.max_length)[0]
+
+    def _tokens(self, tokenizer: Any, prompts: Sequence[str], length: int) -> tuple[Tensor, Tensor]:
+        """Ids and mask, (B, length) each."""
         if isinstance(prompts, str) or not prompts:
             raise ValueError(f"prompts: expected a list of one or more texts, got {prompts!r}")
         for i, prompt in enumerate(prompts):
             if not isinstance(prompt, str):
                 raise ValueError(f"prompt {i}: expected text, got {type(prompt).__name__}")
-        given = self.tokenizer(
-            list(prompts), padding="max_length", max_length=self.max_length, truncation=True, return_tensors="pt"
-        )
-        return cast(Tensor, given.input_ids)
-
-    def forget_last_call(self) -> None:
-        """A tokenizer would save the padding and truncation of its last call, so that equal ones differ as files."""
-        self.tokenizer.backend_tokenizer.no_truncation()
-        self.tokenizer.backend_tokenizer.no_padding()
+        texts = [prompt.lower().strip() for prompt in prompts] if self.family == "pixart" else list(prompts)
+        given = tokenizer(texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+        return given.input_ids, given.attention_mask
 
     def count_tokens(self, prompts: Sequence[str]) -> list[int]:
         """Tokens that each prompt would need, start and end included; above ``max_length`` its end is cut."""
         return [len(ids) for ids in self.tokenizer(list(prompts), verbose=False).input_ids]
 
-    def forward(self, ids: Tensor) -> Cond:
-        """Token ids (B, max_length) -> Cond on the model's device. Gradients flow; callers decide."""
-        ids = ids.to(self.device)
-        if self.family == "sd":
-            return Cond(tokens=self.model(ids).last_hidden_state)  # (B, L, D)
-        out = self.model(ids, output_hidden_states=True)
-        tokens = out.hidden_states[-2]  # (B, L, D)
-        tokens = F.pad(tokens, (0, self.width - tokens.shape[-1], 0, 1))  # (B, L + 1, J): zeros to the right and below
-        bias = F.pad(tokens.new_zeros(tokens.shape[0], tokens.shape[1] - 1), (0, 1), value=math.log(EMPTY_TOKENS))
-        return Cond(tokens=tokens, bias=bias, pooled=F.pad(out.text_embeds, (0, SECOND_WIDTH)))  # pooled (B, P + 2)
+    def forget_last_call(self) -> None:
+        """A tokenizer would save the padding and truncation of its last call, so that equal ones differ as files."""
+        for tokenizer, _ in self.towers().values():
+            tokenizer.backend_tokenizer.no_truncation()
+            tokenizer.backend_tokenizer.no_padding()
 
-    def encode(self, prompts: Sequence[str]) -> Cond:
-        """A row for each prompt. Raises ValueError for an empty list and for what is not text."""
-        return self(self.tokenize(prompts))
+    # --- ids -> Cond -------------------------------------------------------------------------------------------------
 
-    def null(self) -> Cond:
+    def encode(
+        self,
+        prompts: Sequence[str],
+        prompts_2: Sequence[str] | None = None,
+        prompts_3: Sequence[str] | None = None,
+        *,
+        max_sequence_length: int | None = None,
+    ) -> Cond:
+        """A row for each prompt.
+
+        Args:
+            prompts_2, prompts_3: what the second CLIP and T5 read, where it is not the same.
+            max_sequence_length: T5's tokens (or, without T5, the zeros in their place), in sd3 and pixart.
+        Raises:
+            ValueError: an empty list, what is not text, lists of different lengths.
+        """
+        given, asked = (prompts, prompts_2 or prompts, prompts_3 or prompts), max_sequence_length
+        if len({len(texts) for texts in given}) > 1:
+            raise ValueError(
+                f"prompts of {', '.join(str(len(texts)) for texts in given)} rows; expected as many of each"
+            )
+        ids, mask = [], None
+        for i, (name, (tokenizer, model)) in enumerate(self.towers().items()):
+            is_t5 = isinstance(model, T5EncoderModel)
+            length = (asked or self.max_sequence_length) if is_t5 else self.tokenizer.model_max_length
+            texts = given[int(name[-1]) - 1] if i else prompts  # the only encoder of a refiner is its first
+            tokens, mask = self._tokens(tokenizer, texts, length)
+            ids.append(tokens)
+        return self(*ids, mask=mask, empty_tokens=asked or self.max_sequence_length)
+
+    def null(self, max_sequence_length: int | None = None) -> Cond:
         """One row: the empty prompt, to which training drops captions and from which guidance leads away."""
-        return self.encode([""])
+        cond = self.encode([""], max_sequence_length=max_sequence_length)
+        return cond.map(torch.zeros_like) if self.family == "sdxl" and self.zeros_for_empty else cond
+
+    def forward(self, *ids: Tensor, mask: Tensor | None = None, empty_tokens: int = EMPTY_TOKENS) -> Cond:
+        """Token ids (B, L), of each encoder in turn -> Cond on the model's device. Gradients flow; callers decide.
+
+        Args:
+            mask: (B, L) of pixart's tokens, 0 at the padding.
+            empty_tokens: the zeros of sd3 without T5.
+        """
+        ids = tuple(x.to(model.device) for x, (_, model) in zip(ids, self.towers().values(), strict=True))
+        if self.family == "sd":
+            return Cond(tokens=self.model(ids[0]).last_hidden_state)  # (B, L, D)
+        if self.family == "pixart":
+            seen = torch.ones_like(ids[0]) if mask is None else mask.to(ids[0].device)
+            tokens = self.model(ids[0], attention_mask=seen).last_hidden_state  # (B, L, D)
+            return Cond(tokens=tokens, bias=tokens.new_zeros(seen.shape).masked_fill(seen == 0, -math.inf))
+
+        clips = self._clips()
+        outs = [model(x, output_hidden_states=True) for x, (_, model) in zip(ids, clips, strict=False)]
+        tokens = torch.cat([out.hidden_states[-2] for out in outs], dim=-1)  # (B, L, D1 + D2)
+        pooled = torch.cat([o.text_embeds for o, (_, m) in zip(outs, clips, strict=True) if _projects(m)], dim=-1)
+        if self.family == "sdxl":
+            return Cond(tokens=tokens, pooled=pooled)  # pooled (B, P2)
+        if self.model_2 is None:
+            pooled = F.pad(pooled, (0, SECOND_WIDTH))  # (B, P1 + 2)
+        tokens = F.pad(tokens, (0, self.width - tokens.shape[-1]))  # (B, L, J): zeros to the right
+        if self.model_3 is not None:
+            long = self.model_3(ids[-1]).last_hidden_state  # (B, M, J)
+            return Cond(tokens=torch.cat([tokens, long], dim=1), pooled=pooled)
+        tokens = F.pad(tokens, (0, 0, 0, 1))  # (B, L + 1, J): and one token of zeros
+        bias = F.pad(tokens.new_zeros(tokens.shape[0], tokens.shape[1] - 1), (0, 1), value=math.log(empty_tokens))
+        return Cond(tokens=tokens, bias=bias, pooled=pooled)
+
+    # --- checks --------------------------------------------------------------------------------------------------
+
+    def _check(self) -> None:
+        kinds, family = FAMILIES[self.family], self.family
+        for name, (_, model) in self.towers().items():
+            if not isinstance(model, kinds.get(name, ())):
+                expected = " or ".join(kind.__name__ for kind in kinds.get(name, ())) or f"no {name}"
+                raise ValueError(f"text family {family!r} takes a {expected}, got {type(model).__name__}")
+        if (family == "sdxl" and self.model_3 is not None) or (family in ("sd", "pixart") and len(self.towers()) > 1):
+            raise ValueError(f"text family {family!r} takes {len(kinds)} encoders at most, got {len(self.towers())}")
+        clips = self._clips()
+        for tokenizer, model in self.towers().values():
+            if len(tokenizer) > model.config.vocab_size:
+                raise ValueError(
+                    f"the tokenizer has {len(tokenizer)} entries, the text model only {model.config.vocab_size}"
+                )
+        for tokenizer, model in clips:
+            config = model.config
+            if getattr(config, "use_attention_mask", False):
+                raise ValueError(f"a text encoder with use_attention_mask is not supported in family {family!r}")
+            if tokenizer.model_max_length > 1_000_000:  # what transformers writes for "not stored"
+                tokenizer.model_max_length = config.max_position_embeddings
+            if tokenizer.model_max_length > config.max_position_embeddings:
+                raise ValueError(
+                    f"the tokenizer's model_max_length is {tokenizer.model_max_length}, "
+                    f"the text model has positions for {config.max_position_embeddings}"
+                )
+            if _projects(model):
+                _check_end_token(tokenizer, config.eos_token_id)
+        if len({tokenizer.model_max_length for tokenizer, _ in clips}) > 1:
+            lengths = " and ".join(str(tokenizer.model_max_length) for tokenizer, _ in clips)
+            raise ValueError(f"the CLIP tokenizers' model_max_length are {lengths}: they must be equal")
+
+    def _check_joint_width(self, widths: Sequence[int]) -> None:
+        if sum(widths) > self.width:
+            together = " + ".join(map(str, widths))
+            raise ValueError(f"text width {together} does not fit into joint_attention_dim {self.width}")
+        if self.model_3 is not None and _width(self.model_3) != self.width:
+            t5 = _width(self.model_3)
+            raise ValueError(f"T5's width is {t5}, the network's joint_attention_dim {self.width}: they must be equal")
+
+    # --- in ----------------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_towers(cls, towers: Mapping[str, tuple[Any, Any]], family: str, *args: Any, **kw: Any) -> TextEncoder:
+        """From the encoders by their stock names, as ``towers()`` gives them; ``kw`` goes to the class."""
+        check_family(family)
+        left = dict(towers)
+        first = "text_encoder_2" if family == "sdxl" and "text_encoder" not in left else "text_encoder"
+        if first not in left:
+            raise ValueError(f"text family {family!r} needs a {first}, got {', '.join(left) or 'none'}")
+        one = left.pop(first)
+        second, t5 = left.pop("text_encoder_2", None), left.pop("text_encoder_3", None)
+        return cls(*one, family, *args, second=second, t5=t5, **kw)
 
     @classmethod
     def from_pretrained(
-        cls, source: str | Path, family: str = "sd", joint_width: int | None = None, **kw: Any
+        cls,
+        source: str | Path,
+        family: str = "sd",
+        joint_width: int | None = None,
+        *,
+        t5: bool | None = True,
+        load_in_8bit: bool = False,
+        variant: str | None = None,
+        dtype: torch.dtype | None = None,
+        max_sequence_length: int | None = None,
+        zeros_for_empty: bool = True,
+        **hub: Any,
     ) -> TextEncoder:
-        """Open a text tower.
+        """Open the text encoders of a model.
 
         Args:
-            source: a folder with a ``CLIPModel`` or one of its text towers and its tokenizer; a pipeline folder
-                (``text_encoder/``, ``tokenizer/``); or a name on the hub.
-            kw: what ``from_pretrained`` of transformers takes (``dtype``, ``revision``, ``local_files_only``).
+            source: a folder with a ``CLIPModel``, one of its text towers or a T5, and its tokenizer; a pipeline folder
+                (``text_encoder/``, ``tokenizer/``, ``text_encoder_2/`` …); or a name on the hub of either.
+            t5: False or None leaves sd3's T5 out.
+            load_in_8bit: T5 in 8 bits, which needs bitsandbytes.
+            variant: of the files, such as ``fp16``, where there are such.
+            hub: for a hub name: ``revision``, ``cache_dir``, ``token``, ``local_files_only``.
         Raises:
             ValueError: no such folder, no tokenizer or weights in it, another kind of model, weights missing.
         """
         check_family(family)
+        check_hub_options(hub)
         folder = Path(source).expanduser()
-        if folder.is_dir():
-            split = (folder / "text_encoder").is_dir()
-            model_at, tokenizer_at = (folder / "text_encoder", folder / "tokenizer") if split else (folder, folder)
-            tokenizer, model = load_tokenizer(tokenizer_at), load_clip(model_at, FAMILIES[family], **kw)
-            return cls(tokenizer, model, family, joint_width)
-        name = str(source)
-        if name.count("/") > 1 or name.startswith((".", "~", "/")):
-            raise ValueError(f"{name}: no such folder")
-        try:
-            tokenizer = CLIPTokenizer.from_pretrained(name, **{k: v for k, v in kw.items() if k != "dtype"})
-            model = _load(name, FAMILIES[family], **kw)
-        except OSError as error:
-            raise ValueError(f"{name}: no such folder, and not opened as a name on the hub ({error})") from error
-        return cls(tokenizer, model, family, joint_width)
-
-
-def load_tokenizer(folder: Path) -> CLIPTokenizer:
-    """The CLIP tokenizer in a folder. Raises ValueError naming the files that are missing."""
-    if not (folder / "tokenizer.json").is_file() and not (folder / "vocab.json").is_file():
-        # transformers would quietly build a tokenizer of three entries
-        raise ValueError(f"{folder}: no tokenizer here, expected tokenizer.json, or vocab.json and merges.txt")
-    tokenizer = CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
-    for name in ("is_local", "local_files_only"):  # of this call, not of the tokenizer, which would save them
-        tokenizer.init_kwargs.pop(name, None)
-    return tokenizer
-
-
-def load_clip(folder: Path, kind: type[Tower], **kw: Any) -> Tower:
-    """The text tower in a folder, from safetensors, every weight accounted for.
-
-    Raises:
-        ValueError: ``config.json`` is missing or not of a CLIP, no safetensors file, or weights missing in it.
-    """
-    config = folder / "config.json"
-    if not config.is_file():
-        raise ValueError(f"{config}: missing; expected the folder of a CLIPModel or of its text tower")
-    model_type = json.loads(config.read_text()).get("model_type")
-    if model_type not in ("clip", "clip_text_model"):
-        raise ValueError(f"{config}: model_type is {model_type!r}, expected 'clip' or 'clip_text_model'")
-    if not any(folder.glob("model*.safetensors*")):
-        raise ValueError(f"{folder}: no model.safetensors; other formats are not read, save with save_pretrained anew")
-    return _load(str(folder), kind, local_files_only=True, **{k: v for k, v in kw.items() if k != "local_files_only"})
-
-
-def _load(source: str, kind: type[Tower], **kw: Any) -> Tower:
-    with quiet_transformers():  # the vision tower's weights that are not wanted would fill a page
-        opened: Any = kind.from_pretrained(source, use_safetensors=True, output_loading_info=True, **kw)
-    model, info = opened
-    missing = sorted(info["missing_keys"]) + [str(key) for key in info["mismatched_keys"]]
-    if missing:
-        raise ValueError(f"{source}: the file lacks {len(missing)} weights of {kind.__name__}, such as {missing[0]}")
-    return model.eval()
-
-
-@contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """No bars for files of a moment and no lists of unused weights; what matters is checked and raised here."""
-    level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(level)
-        if bars:
-            transformers_logging.enable_progress_bar()
+        if not folder.is_dir():
+            folder = from_hub(str(source), **hub)
+        first = "text_encoder"
+        if family == "sdxl" and not (folder / first).is_dir():  # a refiner, or a CLIP's own folder
+            first = "text_encoder_2"
+        found: dict[str, Any] = {}
+        for name, kinds in FAMILIES[family].items():
+            is_t5, place = T5EncoderModel in kinds, folder / name
+            if name < first or (is_t5 and not t5):
+                continue
+            if name > first and (not place.is_dir() or (family == "sd3" and is_empty_folder(place))):
+                continue
+            eight = load_in_8bit and is_t5
+            found[name] = open_tower(folder, name, kinds, dtype=dtype, variant=variant, load_in_8bit=eight)
+        more = dict(max_sequence_length=max_sequence_length, zeros_for_empty=zeros_for_empty)
+        return cls.from_towers(found, family, joint_width, **more)
 
 
 def check_family(family: str) -> None:
@@ -219,7 +325,15 @@ def check_family(family: str) -> None:
         raise ValueError(f"text family {family!r} is not one of {', '.join(FAMILIES)}")
 
 
-def _check_end_token(tokenizer: CLIPTokenizer, eos: int) -> None:
+def _projects(model: Tower) -> bool:
+    return isinstance(model, CLIPTextModelWithProjection)
+
+
+def _width(model: Any) -> int:
+    return model.config.d_model if isinstance(model, T5EncoderModel) else model.config.hidden_size
+
+
+def _check_end_token(tokenizer: Tokenizer, eos: int) -> None:
     """Pooling looks for the end token by its id; an id that never occurs quietly pools the start token."""
     highest = len(tokenizer) - 1
     fits = tokenizer.eos_token_id == (highest if eos == 2 else eos)  # 2 in old configs means "the highest id"

@@ -13,8 +13,16 @@ from torch import Tensor, nn
 from ..latents import LatentScale
 from .attention import attention
 from .base import Network
+from .tiling import Tiled
 
-Run = Callable[..., Tensor]  # run(block, x): block(x), or block(x) with its activations recomputed later
+Run = Callable[..., Tensor]  # run(block, *x): block(*x), or the same with its activations recomputed later
+Act = Callable[[nn.GroupNorm, Tensor], Tensor]  # what stands before a convolution: silu(norm(x))
+
+
+def norm_silu(norm: nn.GroupNorm, x: Tensor) -> Tensor:
+    """silu(norm(x)), in place where no gradient will ask for norm(x)."""
+    h = norm(x)
+    return F.silu(h, inplace=not h.requires_grad)
 
 
 class Moments(NamedTuple):
@@ -38,7 +46,7 @@ class Moments(NamedTuple):
         return 0.5 * (mean.square() + log_var.exp() - 1 - log_var).flatten(1).sum(1)
 
 
-class VAE(Network):
+class VAE(Tiled, Network):
     """Convolutional encoder and decoder with attention at the lowest resolution.
 
     Args:
@@ -114,7 +122,8 @@ class VAE(Network):
                     nn.init.zeros_(module.bias)
         for module in self.modules():
             if isinstance(module, ResBlock | SelfAttention):
-                for parameter in module.last().parameters():
+                last = module.conv2 if isinstance(module, ResBlock) else module.to_out[0]
+                for parameter in last.parameters():
                     nn.init.zeros_(parameter)
 
     @property
@@ -145,6 +154,7 @@ class VAE(Network):
         Raises:
             ValueError: ``factor`` does not divide H or W.
         """
+        _check_channels("picture", x, "in_channels", self.config["in_channels"])
         f = self.factor
         if bad := [n for n in x.shape[-2:] if n % f or n == 0]:
             fits = tuple(max(f, math.floor(n / f + 0.5) * f) for n in x.shape[-2:])
@@ -152,26 +162,42 @@ class VAE(Network):
                 f"picture of {x.shape[-2]} by {x.shape[-1]} pixels (height, width): {bad[0]} is not a multiple of the "
                 f"autoencoder's factor {f}; the nearest size that fits is {fits[0]} by {fits[1]}"
             )
-        h = self.encoder(x, self.run_block)
-        if self.quant_conv is not None:
-            h = self.quant_conv(h)
-        mean, log_var = h.chunk(2, dim=1)
+        mean, log_var = self._by_row(self._encode, x).chunk(2, dim=1)
         return Moments(mean, log_var.clamp(-30.0, 20.0))
 
     def decode(self, z: Tensor) -> Tensor:
-        """Raw latents (B, C, h, w) -> picture (B, out_channels, h factor, w factor), about [-1, 1], not clamped."""
-        if self.post_quant_conv is not None:
-            z = self.post_quant_conv(z)
-        return self.decoder(z, self.run_block)
+        """Raw latents (B, C, h, w) -> picture (B, out_channels, h factor, w factor), about [-1, 1], not clamped.
+
+        Raises:
+            ValueError: another number of channels than ``latent_channels``.
+        """
+        _check_channels("latents", z, "latent_channels", self.config["latent_channels"])
+        return self._by_row(self._decode, z)
 
     def forward(self, x: Tensor, eps: Tensor) -> tuple[Tensor, Moments]:
         """Picture and noise (B, C, h, w) -> its reconstruction (B, out_channels, H, W) and the moments."""
         moments = self.encode(x)
         return self.decode(moments.sample(eps)), moments
 
+    def blocks(self) -> list[nn.Module]:
+        """What gradient checkpointing recomputes: every residual block and attention layer by itself, since at the
+        picture's resolution the blocks of one level already need more memory than all that is left."""
+        return [m for m in self.modules() if isinstance(m, ResBlock | SelfAttention)]
+
+    def _encode(self, x: Tensor) -> Tensor:
+        encoder, run = self.encoder, self.run_block
+        h = self._in_tiles(lambda t, *act: encoder.reduce(t, run, *act), x, self.factor, 1, encoder.reach)
+        h = encoder.finish(h, run)
+        return h if self.quant_conv is None else self.quant_conv(h)
+
+    def _decode(self, z: Tensor) -> Tensor:
+        decoder, run = self.decoder, self.run_block
+        h = decoder.start(z if self.post_quant_conv is None else self.post_quant_conv(z), run)
+        return self._in_tiles(lambda t, *act: decoder.enlarge(t, run, *act), h, 1, self.factor, decoder.reach)
+
 
 class Encoder(nn.Module):
-    """Picture (B, in_channels, H, W) -> (B, out_channels, H/factor, W/factor)."""
+    """Picture (B, in_channels, H, W) -> (B, out_channels, H/factor, W/factor): ``reduce``, then ``finish``."""
 
     def __init__(
         self, in_channels: int, out_channels: int, widths: Sequence[int], layers: int, groups: int, mid_attention: bool
@@ -179,7 +205,7 @@ class Encoder(nn.Module):
         super().__init__()
         self.conv_in = nn.Conv2d(in_channels, widths[0], 3, padding=1)
         before = [widths[0], *widths[:-1]]
-        self.down_blocks = nn.ModuleList(
+        self.down_blocks: Sequence[Level] = nn.ModuleList(  # type: ignore[assignment]
             Level(c_in, c_out, layers, groups, down=i < len(widths) - 1)
             for i, (c_in, c_out) in enumerate(zip(before, widths, strict=True))
         )
@@ -187,16 +213,29 @@ class Encoder(nn.Module):
         self.conv_norm_out = nn.GroupNorm(groups, widths[-1], eps=1e-6)
         self.conv_out = nn.Conv2d(widths[-1], out_channels, 3, padding=1)
 
-    def forward(self, x: Tensor, run: Run) -> Tensor:
+    @property
+    def reach(self) -> int:
+        """How many positions from a border of ``reduce``'s output know that the picture ends there."""
+        n = 1  # conv_in
+        for level in self.down_blocks[:-1]:
+            n = (n + 2 * len(level.resnets)) // 2 + 1
+        return n
+
+    def reduce(self, x: Tensor, run: Run, act: Act = norm_silu) -> Tensor:
+        """Everything above the latents' resolution: (B, in_channels, H, W) -> (B, C, H/factor, W/factor)."""
         h = self.conv_in(x)
-        for block in self.down_blocks:
-            h = run(block, h)
-        h = run(self.mid_block, h)
-        return self.conv_out(F.silu(self.conv_norm_out(h)))
+        for level in self.down_blocks[:-1]:
+            h = level(h, run, act)
+        return h
+
+    def finish(self, h: Tensor, run: Run) -> Tensor:
+        """What is left, all at the latents' resolution: (B, C, h, w) -> (B, out_channels, h, w)."""
+        h = self.mid_block(self.down_blocks[-1](h, run), run)
+        return self.conv_out(norm_silu(self.conv_norm_out, h))
 
 
 class Decoder(nn.Module):
-    """Latents (B, in_channels, h, w) -> picture (B, out_channels, h factor, w factor)."""
+    """Latents (B, in_channels, h, w) -> picture (B, out_channels, h factor, w factor): ``start``, then ``enlarge``."""
 
     def __init__(
         self, in_channels: int, out_channels: int, widths: Sequence[int], layers: int, groups: int, mid_attention: bool
@@ -206,18 +245,32 @@ class Decoder(nn.Module):
         self.conv_in = nn.Conv2d(in_channels, widths[0], 3, padding=1)
         self.mid_block = Middle(widths[0], groups, mid_attention)
         before = [widths[0], *widths[:-1]]
-        self.up_blocks = nn.ModuleList(
+        self.up_blocks: Sequence[Level] = nn.ModuleList(  # type: ignore[assignment]
             Level(c_in, c_out, layers + 1, groups, up=i < len(widths) - 1)
             for i, (c_in, c_out) in enumerate(zip(before, widths, strict=True))
         )
         self.conv_norm_out = nn.GroupNorm(groups, widths[-1], eps=1e-6)
         self.conv_out = nn.Conv2d(widths[-1], out_channels, 3, padding=1)
 
-    def forward(self, z: Tensor, run: Run) -> Tensor:
-        h = run(self.mid_block, self.conv_in(z))
-        for block in self.up_blocks:
-            h = run(block, h)
-        return self.conv_out(F.silu(self.conv_norm_out(h)))
+    @property
+    def reach(self) -> int:
+        """How many pixels from a border of ``enlarge``'s output know that its input ends there."""
+        n = 0
+        for i, level in enumerate(self.up_blocks):
+            n += 2 * len(level.resnets) if i else 0  # the first level's are in ``start``
+            n = 2 * n + 1 if level.upsamplers else n
+        return n + 1  # conv_out
+
+    def start(self, z: Tensor, run: Run) -> Tensor:
+        """Everything at the latents' resolution: (B, in_channels, h, w) -> (B, C, h, w)."""
+        return self.up_blocks[0].residual(self.mid_block(self.conv_in(z), run), run)
+
+    def enlarge(self, h: Tensor, run: Run, act: Act = norm_silu) -> Tensor:
+        """What is left: (B, C, h, w) -> (B, out_channels, h factor, w factor)."""
+        h = self.up_blocks[0].resample(h)
+        for level in self.up_blocks[1:]:
+            h = level(h, run, act)
+        return self.conv_out(act(self.conv_norm_out, h))
 
 
 class Level(nn.Module):
@@ -229,8 +282,16 @@ class Level(nn.Module):
         self.downsamplers = nn.ModuleList([Downsample(c_out)]) if down else None
         self.upsamplers = nn.ModuleList([Upsample(c_out)]) if up else None
 
-    def forward(self, x: Tensor) -> Tensor:
-        for block in [*self.resnets, *(self.downsamplers or ()), *(self.upsamplers or ())]:
+    def forward(self, x: Tensor, run: Run, act: Act = norm_silu) -> Tensor:
+        return self.resample(self.residual(x, run, act))
+
+    def residual(self, x: Tensor, run: Run, act: Act = norm_silu) -> Tensor:
+        for block in self.resnets:
+            x = run(block, x, act)
+        return x
+
+    def resample(self, x: Tensor) -> Tensor:
+        for block in [*(self.downsamplers or ()), *(self.upsamplers or ())]:
             x = block(x)
         return x
 
@@ -243,11 +304,10 @@ class Middle(nn.Module):
         self.attentions = nn.ModuleList([SelfAttention(channels, groups)] if with_attention else [])
         self.resnets = nn.ModuleList(ResBlock(channels, channels, groups) for _ in range(2))
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.resnets[0](x)
-        for block in self.attentions:
-            x = block(x)
-        return self.resnets[1](x)
+    def forward(self, x: Tensor, run: Run) -> Tensor:
+        for block in [self.resnets[0], *self.attentions, self.resnets[1]]:
+            x = run(block, x)
+        return x
 
 
 class ResBlock(nn.Module):
@@ -261,13 +321,10 @@ class ResBlock(nn.Module):
         self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
         self.conv_shortcut = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else None
 
-    def last(self) -> nn.Module:
-        return self.conv2
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.conv1(F.silu(self.norm1(x)))
-        h = self.conv2(F.silu(self.norm2(h)))
-        return (x if self.conv_shortcut is None else self.conv_shortcut(x)) + h
+    def forward(self, x: Tensor, act: Act = norm_silu) -> Tensor:
+        h = self.conv2(act(self.norm2, self.conv1(act(self.norm1, x))))
+        h += x if self.conv_shortcut is None else self.conv_shortcut(x)  # a convolution does not keep its output
+        return h
 
 
 class SelfAttention(nn.Module):
@@ -282,11 +339,8 @@ class SelfAttention(nn.Module):
         self.to_v = nn.Linear(channels, channels)
         self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
 
-    def last(self) -> nn.Module:
-        return self.to_out[0]
-
     def forward(self, x: Tensor) -> Tensor:
-        tokens = self.group_norm(x).flatten(2).transpose(1, 2)  # (B, hw, C)
+        tokens = self.group_norm(x).flatten(2).transpose(1, 2).contiguous()  # (B, hw, C), one copy for three
         q, k, v = (f(tokens).unsqueeze(1) for f in (self.to_q, self.to_k, self.to_v))  # (B, 1, hw, C)
         out = self.to_out[0](attention(q, k, v, backend=self.backend).squeeze(1))  # (B, hw, C)
         return x + out.transpose(1, 2).reshape(x.shape)
@@ -307,7 +361,8 @@ class Upsample(nn.Module):
     """Twice the resolution, nearest neighbour, then a 3x3 convolution.
 
     The two are one transposed convolution, whose 4x4 kernel is the 3x3 one added to itself at the four places
-    of a 2x2 square: 4 products per output in place of 9.
+    of a 2x2 square: 4 products per output in place of 9. It is folded anew at each call, so that it cannot be
+    older than the weight; that costs a hundredth of the convolution.
     """
 
     def __init__(self, channels: int):
@@ -315,10 +370,11 @@ class Upsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        w = F.pad(self.conv.weight.flip(2, 3), (1, 1, 1, 1))  # (O, I, 5, 5)
-        w = w[..., 1:, :] + w[..., :-1, :]
-        w = w[..., 1:] + w[..., :-1]  # (O, I, 4, 4)
-        return F.conv_transpose2d(x, w.transpose(0, 1), self.conv.bias, stride=2, padding=1)
+        w = self.conv.weight.transpose(0, 1)  # (I, O, 3, 3)
+        for dim in (2, 3):
+            a, b, c = w.unbind(dim)
+            w = torch.stack((c, b + c, a + b, a), dim)  # (I, O, 4, 3), then (I, O, 4, 4)
+        return F.conv_transpose2d(x, w, self.conv.bias, stride=2, padding=1)
 
 
 def _types(name: str, given: Sequence[str] | None, only: str, levels: int) -> list[str]:
@@ -326,6 +382,11 @@ def _types(name: str, given: Sequence[str] | None, only: str, levels: int) -> li
     if given is not None and list(given) != expected:
         raise ValueError(f"VAE {name}={list(given)!r}: expected {only!r} once for each of the {levels} levels")
     return expected
+
+
+def _check_channels(what: str, x: Tensor, name: str, expected: int) -> None:
+    if x.ndim != 4 or x.shape[1] != expected:
+        raise ValueError(f"{what} of shape {tuple(x.shape)}: expected (B, {name}={expected}, height, width)")
 
 
 def _check_widths(widths: Sequence[Any], groups: int) -> None:

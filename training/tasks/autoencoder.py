@@ -20,7 +20,7 @@ from ..evaluate.grids import pairs_grid
 from ..evaluate.metrics import psnr, ssim
 from ..loop import Batch, Player
 from ..schema import AutoencoderConfig
-from .common import made, player
+from .common import made, player, tuned
 
 SHOWN = 8  # reconstructions in the picture that is logged
 MEASURED = 1024  # pictures whose latents give the scale
@@ -37,7 +37,7 @@ class AutoencoderTask:
         self.train_pictures, self.test_pictures = train, held_out
         data = config.data
         self.rows = PictureBatches(train, config.seed, crop=data.random_crop, flip=data.random_flip)
-        self.vae = VAE(**config.model.model_dump(), sample_size=data.resolution)
+        self.vae = tuned(VAE(**config.model.model_dump(), sample_size=data.resolution), config.train)
         self.critic: PatchDiscriminator | None = None
         self.perceptual = None
         if config.loss.perceptual:

@@ -5,15 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from ldm.models.base import Network
+
 from ..ema import EMA
 from ..loop import Batch, Player
 from ..optim import GuardedAdamW
-from ..schema import Optimizer, Run
+from ..schema import Optimizer, Run, Train
 
+Net = TypeVar("Net", bound=Network)
 Loss = Callable[[Batch, int], tuple[Tensor, dict[str, Tensor]]]
 
 
@@ -42,3 +46,15 @@ def made(name: str) -> str:
     """The folder to open for a ``pretrained``: what a run exported, a plain folder, or a hub name as it is."""
     exported = Path(name) / "pipeline"
     return str(exported) if exported.is_dir() else name
+
+
+def tuned(net: Net, how: Train) -> Net:
+    """The network with the kernels and the memory that the config asks for.
+
+    Raises:
+        ValueError, RuntimeError: the attention backend cannot be had here, and why.
+    """
+    net.set_attention_backend(how.attention_backend)
+    if how.gradient_checkpointing:
+        net.enable_gradient_checkpointing(how.gradient_checkpointing)
+    return net

@@ -30,7 +30,7 @@ from ..loop import Batch
 from ..objective import path_of, prediction_of, times, weights
 from ..preflight import Sizes
 from ..schema import DiffusionConfig, MMDiTModel, UNetModel
-from .common import made, player
+from .common import made, player, tuned
 
 PROBED = 64  # rows whose loss is followed at fixed times and noise
 LEVELS = 8  # of t, for each of them
@@ -159,7 +159,9 @@ def network(config: DiffusionConfig, s: Sizes) -> Network:
         fields = model.model_dump(exclude={"name", "attention_levels", "cross_attention_dim"})
         down = ["CrossAttnDownBlock2D" if attend else "DownBlock2D" for attend in levels]
         up = ["CrossAttnUpBlock2D" if attend else "UpBlock2D" for attend in reversed(levels)]
-        return UNet(**sizes, **fields, down_block_types=down, up_block_types=up, cross_attention_dim=s.text_width)
+        unet = UNet(**sizes, **fields, down_block_types=down, up_block_types=up, cross_attention_dim=s.text_width)
+        return tuned(unet, config.train)
     fields = model.model_dump(exclude={"name", "joint_attention_dim"})
     text = {"joint_attention_dim": s.text_width, "pooled_projection_dim": s.pooled_width}
-    return MMDiT(**sizes, **fields, **text, caption_projection_dim=model.attention_head_dim * model.num_attention_heads)
+    width = model.attention_head_dim * model.num_attention_heads
+    return tuned(MMDiT(**sizes, **fields, **text, caption_projection_dim=width), config.train)
