@@ -18,7 +18,8 @@ class Cond:
         bias: (B, L) added to the attention logits of these tokens' keys: 0 for a plain token,
             -inf hides a padded one, log n makes one token count as n equal ones.
         pooled: (B, P) one vector per prompt, diffusers' ``pooled_projections`` / ``text_embeds``.
-        size_ids: (B, 6) SDXL's ``time_ids``: original size, crop corner, target size, in pixels.
+        size_ids: (B, 6) SDXL's ``time_ids``: original size, crop corner, target size, in pixels; (B, 3) PixArt-α's
+            height, width and height / width.
         extra: (B, C', H, W) channels set beside the latents (masks, low-resolution pictures).
         class_labels: (B,) whole numbers (the x4 upscaler's noise level), or (B, P) one vector per picture (unCLIP's
             image embedding), as the network's ``class_embed_type`` says.
