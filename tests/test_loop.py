@@ -21,9 +21,10 @@ from torch.utils.data import Dataset
 
 from training import checkpoint
 from training.checkpoint import CheckpointError
+from training.clock import ImageClock
 from training.ema import EMA
 from training.evaluate.report import read_log
-from training.loop import Diverged, ImageClock, Interrupted, Player, train
+from training.loop import Diverged, Interrupted, Player, train
 from training.optim import GuardedAdamW
 from training.schema import Optimizer, Train
 

@@ -26,6 +26,7 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
 
 from ldm import rng
+from ldm.models.dit import DiT
 from ldm.models.vae import VAE
 from pipelines.core import start_latents
 from pipelines.text_to_image import TextToImagePipeline
@@ -122,6 +123,7 @@ MMDIT = UNET | {
     "model": {"name": "mmdit", "num_layers": 2, "attention_head_dim": 8, "num_attention_heads": 2},
     "train": UNET["train"] | {"images": 240, "checkpoint_every": 240, "sample_every": 240},
 }
+DIT = MMDIT | {"model": {"name": "dit", "num_layers": 2, "attention_head_dim": 8, "num_attention_heads": 2}}
 
 
 @dataclass
@@ -164,6 +166,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
         "vae": VAE_ | {"loss": VAE_["loss"] | {"perceptual": f"clip:{root / 'clip'}"}},
         "unet": UNET | given,
         "mmdit": MMDIT | given,
+        "dit": DIT | given,
     }
     raw = {name: {**r, "output_dir": str(root / name), "data": data} for name, r in raw.items()}
     configs = {name: parse(r, name) for name, r in raw.items()}
@@ -256,7 +259,7 @@ def test_each_move_leaves_the_other_player_untouched(made: Made, tmp_path: Path)
 # --- denoiser --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["unet", "mmdit"])
+@pytest.mark.parametrize("name", ["unet", "mmdit", "dit"])
 def test_stock_and_own_pipeline_give_equal_latents(made: Made, name: str) -> None:
     assert_stock_draws_the_same(made.pipeline(name))
 
@@ -270,6 +273,8 @@ def assert_stock_draws_the_same(folder: Path) -> None:
     out = []
     for pipe in (ours, stock):
         pipe.set_progress_bar_config(disable=True)
+        if type(pipe).__name__.startswith("PixArt"):  # its defaults are for a T5, and for 256, 512 and 1024 pixels
+            given |= {"max_sequence_length": pipe.tokenizer.model_max_length, "use_resolution_binning": False}
         out.append(pipe(PROMPTS[:2], latents=start.clone(), **given).images)
     assert out[0].shape == (2, 4, 8, 8) and out[0].std() > 0.1
     assert (out[0] - out[1]).abs().max() < 1e-4
@@ -313,7 +318,21 @@ def test_other_recipes_learn_and_open_in_stock(made: Made, tmp_path: Path, recip
     assert_stock_draws_the_same(tmp_path / "unet/pipeline")
 
 
-@pytest.mark.parametrize("name", ["unet", "mmdit"])
+def test_learned_variance_is_trained_and_opens_in_stock(made: Made, tmp_path: Path) -> None:
+    recipe = {"path": {"name": "discrete"}, "prediction_type": "epsilon", "learned_variance": True}
+    raw = made.variant("dit", tmp_path / "dit", train__images=240, train__validate_every=120, **recipe)
+    train_all([parse(raw, "dit")])
+    net = DiT.from_diffusers(tmp_path / "dit/pipeline", subfolder="transformer")
+    assert net.out_channels == 8
+    told = net.proj_out.weight.unflatten(0, (2, 2, 8))[:, :, 4:]  # (p, p, the variance's channels, D); zero at first
+    assert told.abs().max() > 0
+    assert_stock_draws_the_same(tmp_path / "dit/pipeline")
+    raw["model"] = made.raw["unet"]["model"]
+    with pytest.raises(ConfigError, match=r"learned_variance needs model\.name dit"):
+        train_all([parse({**raw, "output_dir": str(tmp_path / "other")}, "unet")])
+
+
+@pytest.mark.parametrize("name", ["unet", "mmdit", "dit"])
 def test_the_grid_of_the_training_is_what_the_pipeline_draws(made: Made, name: str) -> None:
     how = made.configs[name].sample
     file = sorted((made.run(name) / "samples").glob("*.png"))[-1]
@@ -357,7 +376,7 @@ def test_what_is_made_is_taken_up(
     with caplog.at_level(logging.INFO, logger="training"):
         train_all(list(made.configs.values()))
     said = [m for m in caplog.messages if "already made" in m]
-    assert len(said) == 4 and all(str(made.run(n)) in m for n, m in zip(made.configs, said, strict=True))
+    assert len(said) == 5 and all(str(made.run(n)) in m for n, m in zip(made.configs, said, strict=True))
 
 
 def test_another_config_in_the_same_folder_is_refused_by_key(made: Made) -> None:

@@ -88,7 +88,7 @@ class Encoded(NamedTuple):
     """A data set after its encoders, memory-mapped. The last caption is the empty one.
 
     moments: (F·N, 2C, h, w) means and log variances of the raw latents; the second N are the mirrored pictures.
-    tokens: (U, L, D) of the distinct captions; pooled: (U, P); bias: (L,).
+    tokens: (U, L, D) of the distinct captions; pooled: (U, P); bias: (U, L).
     caption: (N,) which of them a row has.
     """
 
@@ -127,5 +127,5 @@ class LatentBatches(Dataset):
         if self.encoded.pooled is not None:
             batch["pooled"] = torch.from_numpy(self.encoded.pooled[caption])
         if self.encoded.bias is not None:
-            batch["bias"] = torch.tensor(self.encoded.bias).expand(len(index), -1)
+            batch["bias"] = torch.from_numpy(self.encoded.bias[caption])
         return batch

@@ -94,5 +94,5 @@ def _encode_captions(folder: Path, captions: Iterable[str], text: TextEncoder, b
     np.save(folder / "tokens.npy", together.tokens.float().cpu().numpy())
     if together.pooled is not None:
         np.save(folder / "pooled.npy", together.pooled.float().cpu().numpy())
-    if together.bias is not None:  # the same for every caption
-        np.save(folder / "bias.npy", together.bias[0].float().cpu().numpy())
+    if together.bias is not None:
+        np.save(folder / "bias.npy", together.bias.float().cpu().numpy())

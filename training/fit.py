@@ -13,6 +13,7 @@ from .schema import (
     Config,
     DiffusionConfig,
     DiscretePath,
+    DiTModel,
     MMDiTModel,
     Run,
     UNetModel,
@@ -53,6 +54,8 @@ def contradiction(config: Config) -> str | None:
             return (
                 f"model.block_out_channels {bad[0]} is not a multiple of model.norm_num_groups {model.norm_num_groups}"
             )
+    if isinstance(model, DiTModel | MMDiTModel) and model.attention_head_dim * model.num_attention_heads % 4:
+        return "model.attention_head_dim times model.num_attention_heads is the width: it must be a multiple of 4"
     if isinstance(model, UNetModel):
         bad = [c for c in model.block_out_channels if c % model.attention_head_dim]
         if bad:
@@ -101,6 +104,8 @@ def no_stock_form(config: DiffusionConfig) -> str | None:
         )
     if isinstance(config.model, MMDiTModel) and path.name != "rectified_flow":
         return "model.name mmdit needs path.name rectified_flow: SD3's pipeline knows no other"
+    if config.learned_variance and not (isinstance(config.model, DiTModel) and path.name == "discrete"):
+        return "learned_variance needs model.name dit and path.name discrete: PixArt's pipeline alone makes room for it"
     if path.name != "rectified_flow" and config.timesteps.shift != 1:
         return "timesteps.shift needs path.name rectified_flow"
     return None
@@ -130,9 +135,9 @@ def _check_diffusion(config: DiffusionConfig, made: Mapping[Path, Config]) -> No
             raise ConfigError(
                 f"model.pos_embed_max_size {model.pos_embed_max_size} is less than the latents' side in patches"
             )
-    if shift and isinstance(model, UNetModel):
+    if shift and not isinstance(model, MMDiTModel):
         raise ConfigError(
-            f"vae.pretrained {vae} has a latent shift, which the UNet's stock pipelines ignore; "
+            f"vae.pretrained {vae} has a latent shift, which the {model.name}'s stock pipelines ignore; "
             "train it with latent_shift: false"
         )
     source = part(text, ClipConfig, made, "text.pretrained")

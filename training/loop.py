@@ -18,9 +18,10 @@ from accelerate import Accelerator
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
 
 from . import checkpoint
+from .clock import ImageClock
 from .ema import EMA
 from .optim import GuardedAdamW
 from .schema import Train
@@ -57,6 +58,12 @@ class Player:
     ema: EMA
     start: int = 0
 
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Within this context the network bears the weights that samples and exports use."""
+        with self.ema.swapped():
+            yield
+
 
 class Task(Protocol):
     """What the loop is handed. ``players`` are in the order in which they move."""
@@ -75,36 +82,6 @@ class Task(Protocol):
     def export(self) -> None:
         """Write what the run made to its ``pipeline`` folder."""
         ...
-
-
-class ImageClock(Sampler[list[tuple[int, int]]]):
-    """Batches of (image index, row). Image n shows row ``permutation(epoch)[n mod rows]``: each row once per epoch.
-
-    Args:
-        rows: how many there are.
-        batch: rows in a micro-batch of one process.
-        start, stop: image indices.
-        rank, world: this process takes every ``world``-th micro-batch.
-    """
-
-    def __init__(self, rows: int, batch: int, seed: int, start: int, stop: int, rank: int = 0, world: int = 1):
-        self.rows, self.batch, self.seed, self.start, self.stop = rows, batch, seed, start, stop
-        self.rank, self.world = rank, world
-
-    def __len__(self) -> int:
-        return math.ceil((self.stop - self.start) / (self.batch * self.world))
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        epoch, order = -1, []
-        for first in range(self.start, self.stop, self.batch * self.world):
-            mine = []
-            for n in range(first + self.rank * self.batch, first + (self.rank + 1) * self.batch):
-                if n // self.rows != epoch:
-                    epoch = n // self.rows
-                    generator = torch.Generator().manual_seed((self.seed * 1_000_003 + epoch) % 2**63)
-                    order = torch.randperm(self.rows, generator=generator).tolist()
-                mine.append((n, order[n % self.rows]))
-            yield mine
 
 
 @dataclass

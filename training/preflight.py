@@ -14,7 +14,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from .fit import ConfigError, part
-from .schema import AutoencoderConfig, ClipConfig, Config, DiffusionConfig, UNetModel
+from .schema import AutoencoderConfig, ClipConfig, Config, DiffusionConfig, MMDiTModel
 
 GIB = 2**30
 
@@ -61,7 +61,7 @@ def sizes(config: DiffusionConfig, earlier: Sequence[Config] = ()) -> Sizes:
         inner = text.get("text_config", text)
         width, length = inner["hidden_size"], inner.get("max_position_embeddings", 77)
         pooled = text.get("projection_dim", 512)
-    if isinstance(config.model, UNetModel):
+    if not isinstance(config.model, MMDiTModel):
         return Sizes(factor, channels, width, length)
     return Sizes(factor, channels, config.model.joint_attention_dim or width + 2, length + 1, pooled + 2)
 

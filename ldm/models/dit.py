@@ -12,8 +12,8 @@ from ..cond import Cond
 from .attention import attention
 from .base import Network, _assign
 from .embeddings import TimestepMLP, timestep_embedding
+from .linear import Linear
 from .mmdit import FeedForward, modulate
-from .transformer import Linear
 
 if TYPE_CHECKING:
     from diffusers import ModelMixin

@@ -12,7 +12,7 @@ from ..cond import Cond
 from .attention import attention
 from .base import Network
 from .embeddings import PatchEmbed, TimestepMLP, timestep_embedding
-from .transformer import Linear
+from .linear import Linear
 
 LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 TIME_WIDTH = 256  # sinusoids that the time is turned into

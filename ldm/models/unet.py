@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from ..cond import Cond
 from .base import Network
 from .embeddings import TimestepMLP, timestep_embedding
-from .transformer import Conv3x3, Transformer2D
+from .linear import Conv3x3
+from .transformer import Transformer2D
 
 T = TypeVar("T", int, bool)
 _ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]

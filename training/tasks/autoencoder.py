@@ -94,14 +94,14 @@ class AutoencoderTask:
     def held_out(self) -> dict[str, float]:
         """PSNR (dB) and SSIM of up to 256 pictures that were never trained on, and of as many that were."""
         values = {}
-        with self.players[0].ema.swapped():
+        with self.players[0].averaged():
             for name, rows in (("held_out", self.test_pictures), ("train", self.train_pictures)):
                 x, y = self._reconstruct(rows, min(len(rows), 256))
                 values |= {f"{name}_psnr": psnr(y, x).mean().item(), f"{name}_ssim": ssim(y, x).mean().item()}
         return values
 
     def sample(self, file: Path) -> None:
-        with self.players[0].ema.swapped():
+        with self.players[0].averaged():
             x, y = self._reconstruct(self.test_pictures, min(len(self.test_pictures), SHOWN))
         file.parent.mkdir(parents=True, exist_ok=True)
         pairs_grid(x, y).save(file)
@@ -122,7 +122,7 @@ class AutoencoderTask:
     def export(self) -> None:
         """``RUN/pipeline`` opens as diffusers' AutoencoderKL, with the measured scale in its config."""
         partial = self.run / "pipeline.partial"
-        with self.players[0].ema.swapped():
+        with self.players[0].averaged():
             self.vae.set_latent_scale(self.latent_scale())
             self.vae.to_diffusers().save_pretrained(partial)
         replace_folder(partial, self.run / "pipeline")

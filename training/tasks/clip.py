@@ -84,7 +84,7 @@ class ClipTask:
     @torch.no_grad()
     def held_out(self) -> dict[str, float]:
         """Loss, and how often a held-out picture's own caption is the nearest of all held-out captions."""
-        with self.players[0].ema.swapped():
+        with self.players[0].averaged():
             batch = self.test.__getitems__([(i, i) for i in range(min(len(self.test), 256))])
             batch = {k: v.to(self.accelerator.device) for k, v in batch.items()}
             texts, pictures, scale = self.players[0].module(batch["ids"], batch["pictures"])
@@ -99,7 +99,7 @@ class ClipTask:
     def export(self) -> None:
         """``RUN/pipeline`` opens as CLIPModel, CLIPTextModel, CLIPTextModelWithProjection and CLIPTokenizer."""
         partial = self.run / "pipeline.partial"
-        with self.players[0].ema.swapped():
+        with self.players[0].averaged():
             self.clip.save_pretrained(partial)
         self.tokenizer.backend_tokenizer.no_truncation()  # it would save the last call's cut and padding
         self.tokenizer.backend_tokenizer.no_padding()

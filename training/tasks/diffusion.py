@@ -14,6 +14,7 @@ from ldm import rng
 from ldm.cond import Cond
 from ldm.denoiser import Denoiser
 from ldm.models.base import Network
+from ldm.models.dit import DiT
 from ldm.models.mmdit import MMDiT
 from ldm.models.text import TextEncoder
 from ldm.models.unet import UNet
@@ -29,13 +30,13 @@ from ..evaluate.grids import picture_grid
 from ..loop import Batch
 from ..objective import path_of, prediction_of, times, weights
 from ..preflight import Sizes
-from ..schema import DiffusionConfig, MMDiTModel, UNetModel
+from ..schema import DiffusionConfig, DiTModel, MMDiTModel, UNetModel
 from .common import made, player, tuned
 
 PROBED = 64  # rows whose loss is followed at fixed times and noise
 LEVELS = 8  # of t, for each of them
 FIXED = 2**40  # image indices that no run reaches: the probes' noise
-FAMILY = {"unet": "sd", "mmdit": "sd3"}
+FAMILY = {"unet": "sd", "mmdit": "sd3", "dit": "pixart"}
 
 
 class Trained(nn.Module):
@@ -78,7 +79,9 @@ class DiffusionTask:
 
         self.players = [player("net", Trained(net), self.loss, config, accelerator)]
         schedule = self.parts.schedule
-        self.denoiser = Denoiser(self.players[0].module, path, prediction, schedule.time_input)
+        self.denoiser = Denoiser(
+            self.players[0].module, path, prediction, schedule.time_input, learned_variance=config.learned_variance
+        )
 
     def _latents(self, batch: Batch) -> tuple[Tensor, Cond]:
         """Normalized latents (B, C, h, w), drawn from their posterior, and what the network is told."""
@@ -110,7 +113,7 @@ class DiffusionTask:
 
     def held_out(self) -> dict[str, float]:
         """The loss at fixed (row, t, noise) of held-out rows, and of as many training rows."""
-        with self.players[0].ema.swapped():
+        with self.players[0].averaged():
             return {"held_out_loss": self._probe(self.test_cache), "train_fixed_loss": self._probe(self.train_cache)}
 
     @torch.no_grad()
@@ -119,7 +122,7 @@ class DiffusionTask:
         how = self.config.sample
         prompts = list(how.prompts) or list(dict.fromkeys(self.captions))[:16]
         generators = [torch.Generator().manual_seed(how.seed + i) for i in range(len(prompts))]
-        with self.players[0].ema.swapped():
+        with self.players[0].averaged():
             self.parts.net.eval()
             pictures = generate(
                 self.parts,
@@ -134,7 +137,7 @@ class DiffusionTask:
 
     def export(self) -> None:
         """``RUN/pipeline``: a folder that stock diffusers opens."""
-        with self.players[0].ema.swapped():
+        with self.players[0].averaged():
             save_parts(self.run / "pipeline", self.parts)
 
 
@@ -152,7 +155,7 @@ def network(config: DiffusionConfig, s: Sizes) -> Network:
     sizes: dict[str, Any] = {
         "sample_size": config.data.resolution // s.factor,
         "in_channels": s.latent_channels,
-        "out_channels": s.latent_channels,
+        "out_channels": s.latent_channels * (1 + config.learned_variance),
     }
     if isinstance(model, UNetModel):
         levels = model.attention_levels or (False, *[True] * (len(model.block_out_channels) - 1))
@@ -161,7 +164,10 @@ def network(config: DiffusionConfig, s: Sizes) -> Network:
         up = ["CrossAttnUpBlock2D" if attend else "UpBlock2D" for attend in reversed(levels)]
         unet = UNet(**sizes, **fields, down_block_types=down, up_block_types=up, cross_attention_dim=s.text_width)
         return tuned(unet, config.train)
+    width = model.attention_head_dim * model.num_attention_heads
+    if isinstance(model, DiTModel):
+        text = {"caption_channels": s.text_width, "cross_attention_dim": width, "use_additional_conditions": False}
+        return tuned(DiT(**sizes, **model.model_dump(exclude={"name"}), **text), config.train)
     fields = model.model_dump(exclude={"name", "joint_attention_dim"})
     text = {"joint_attention_dim": s.text_width, "pooled_projection_dim": s.pooled_width}
-    width = model.attention_head_dim * model.num_attention_heads
     return tuned(MMDiT(**sizes, **fields, **text, caption_projection_dim=width), config.train)
