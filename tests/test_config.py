@@ -197,7 +197,7 @@ def test_unknown_keys_get_a_suggestion(kind: str, key: str, message: str):
         ("clip", "data", None, r"`data`: .*got None"),
         ("autoencoder", "model.block_out_channels", [32, "a"], r"`model\.block_out_channels\.1`: .*integer"),
         ("clip", "optimizer.lr_scheduler", "cosin", r"`optimizer\.lr_scheduler`: .*'cosine'.*got 'cosin'"),
-        ("unet", "model", {"name": "dit"}, r"`model`: .*'unet', 'mmdit'"),
+        ("unet", "model", {"name": "uvit"}, r"`model`: .*'unet', 'mmdit', 'dit'"),
         ("unet", "model", {}, r"`model`: .*name"),
         ("clip", "task", "clips", r"task: 'clips' is not one of .*did you mean `clip`\?"),
         ("clip", "task", ["clip"], r"task: \['clip'\] is not one of"),

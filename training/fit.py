@@ -21,6 +21,9 @@ from .schema import (
 )
 
 
+NAMES = {"unet": "UNet", "mmdit": "MMDiT", "dit": "DiT"}
+
+
 class ConfigError(ValueError):
     """A config that cannot be run; the message names file and key."""
 
@@ -137,7 +140,7 @@ def _check_diffusion(config: DiffusionConfig, made: Mapping[Path, Config]) -> No
             )
     if shift and not isinstance(model, MMDiTModel):
         raise ConfigError(
-            f"vae.pretrained {vae} has a latent shift, which the {model.name}'s stock pipelines ignore; "
+            f"vae.pretrained {vae} has a latent shift, which the {NAMES[model.name]}'s stock pipelines ignore; "
             "train it with latent_shift: false"
         )
     source = part(text, ClipConfig, made, "text.pretrained")
