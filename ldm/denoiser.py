@@ -125,7 +125,7 @@ class Denoiser(nn.Module):
         output, v = output.chunk(2, dim=1)
         return output, (v + 1) / 2
 
-    def loss(self, x0: Tensor, t: Tensor, cond: Cond, *, eps: Tensor) -> Tensor:
+    def loss(self, x0: Tensor, t: Tensor, cond: Cond, *, eps: Tensor, mask: Tensor | None = None) -> Tensor:
         """Mean squared error against the prediction's target, (B,): L_simple, a mean over all but the rows.
 
         With learned variance L_simple + vb_weight T L_{t-1} (Nichol & Dhariwal 2021, eq. 16): one term of the bound,
@@ -134,6 +134,8 @@ class Denoiser(nn.Module):
 
         Args:
             x0: (B, …) data. eps: the same shape, standard normal. t: () or (B,).
+            mask: (B, 1, …) in [0, 1], what each place counts in L_simple: mean(mask * error²) / mean(mask) of each
+                row, 0 where all of its mask is. The term of the bound, which moves no mean, takes all places alike.
         Raises:
             ValueError: shapes do not fit, or a t on the CPU lies outside [0, 1], or with learned variance where this
                 prediction says nothing of x0.
@@ -151,7 +153,10 @@ class Denoiser(nn.Module):
         output, var_frac = self._split(x_t, told.to(target.dtype))
         if output.shape != target.shape:
             raise ValueError(f"the network gave {tuple(output.shape)} for latents {tuple(target.shape)}")
-        simple = (output - target).square().flatten(1).mean(1)
+        square = (output - target).square()
+        if mask is not None:
+            square = square * _share(mask.to(square.dtype), square)
+        simple = square.flatten(1).mean(1)
         if not self.learned_variance:
             return simple
         if var_frac is None:
@@ -216,6 +221,15 @@ class Denoiser(nn.Module):
 
 def _wide(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
+
+
+def _share(mask: Tensor, like: Tensor) -> Tensor:
+    """A mask (B, 1, …) over its mean, or 0 where all of it is."""
+    expected = (len(like), 1, *like.shape[2:])
+    if mask.shape != expected:
+        raise ValueError(f"mask of shape {tuple(mask.shape)} for latents {tuple(like.shape)}; expected {expected}")
+    mean = mask.mean(tuple(range(1, mask.ndim)), keepdim=True)
+    return mask / mean.clamp(min=torch.finfo(mask.dtype).tiny)
 
 
 def _rows(cond: Cond, rows: int) -> Cond:

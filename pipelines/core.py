@@ -14,7 +14,7 @@ from ldm.cond import Cond
 from ldm.denoiser import Denoised, Denoiser
 from ldm.guidance import classifier_free
 from ldm.models.base import Network
-from ldm.models.dit import DiT
+from ldm.models.dit import DiT, visible
 from ldm.models.text import TextEncoder
 from ldm.models.unet import UNet
 from ldm.models.vae import VAE
@@ -83,13 +83,17 @@ def latent_shape(parts: Parts, rows: int, height: int | None = None, width: int 
     Raises:
         ValueError: the autoencoder's factor does not divide a side.
     """
-    size = parts.size if height is None or width is None else (height, width)
-    sides = (height or size[0], width or size[1])
+    own = parts.size if height is None or width is None else (height, width)
+    h, w = own[0] if height is None else height, own[1] if width is None else width
     f = parts.vae.factor
-    for name, side in zip(("height", "width"), sides, strict=True):
+    for name, side in (("height", h), ("width", w)):
         if side <= 0 or side % f:
-            raise ValueError(f"{name} is {side}, expected a multiple of {f}, the autoencoder's pixels per latent")
-    return rows, parts.channels, sides[0] // f, sides[1] // f
+            nearest = max(f, (side + f // 2) // f * f)
+            raise ValueError(
+                f"{name} is {side}, expected a multiple of {f}, the autoencoder's pixels per latent; the nearest is "
+                f"{nearest}"
+            )
+    return rows, parts.channels, h // f, w // f
 
 
 def with_sizes(
@@ -136,7 +140,8 @@ def sample_latents(
 
     Args:
         cond, uncond: B rows each, or one for all. ``uncond`` is needed where ``guidance_scale`` is above 1. Where
-            they lack the sizes that the network is told, these are the picture's own.
+            they lack the sizes that the network is told, these are the picture's own. Padding that both hide at the
+            end is cut off.
         noise: of unit variance; brought here to that from which the schedule starts.
         steps: of the sampler; the grid is the schedule's own.
         rescale: classifier-free guidance's rescaling of the standard deviation, 0 to 1.
@@ -158,8 +163,8 @@ def sample_latents(
             raise ValueError(f"guidance_scale {guidance_scale} needs the conditioning to lead away from; give uncond")
         uncond = cond
     h, w = (side * parts.vae.factor for side in noise.shape[-2:])
-    cond, uncond = (
-        (c if c.size_ids is not None else with_sizes(net, c, h, w)).to(net.device, net.dtype) for c in (cond, uncond)
+    cond, uncond = visible(  # here, where a GPU is waited for once, and not in the network, at every step
+        *((c if c.size_ids is not None else with_sizes(net, c, h, w)).to(net.device, net.dtype) for c in (cond, uncond))
     )
     denoise = classifier_free(denoiser, cond, uncond, guidance_scale, rescale=rescale)
     times = schedule.times(steps)

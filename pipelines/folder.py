@@ -31,6 +31,7 @@ from .stock import FORMS, Form, check_fit, read_schedule, text_settings, to_stoc
 
 log = logging.getLogger(__name__)
 INDEX = "model_index.json"
+LEFT_OUT = {("sdxl", "text_encoder"), ("sd3", "text_encoder_3")}  # what may be absent from a stock folder
 NOTES = {"README.md", "LICENSE", ".gitattributes"}  # what else a pipeline folder may hold at its top
 
 
@@ -187,7 +188,8 @@ def load_parts(
         t5: False or None leaves the T5 of an SD3 out.
         load_in_8bit: T5 in 8 bits; needs bitsandbytes.
     Raises:
-        ValueError: naming the file: no folder, no pipeline, a class that is not read here, weights missing.
+        ValueError: naming the file: no folder, no pipeline, a class that is not read here, weights that do not fit.
+        OSError: weights that are missing, or do not open.
     """
     folder = Path(folder).expanduser()
     if not folder.is_dir():
@@ -233,9 +235,6 @@ def _check_classes(folder: Path, form: Form, index: dict[str, Any]) -> None:
             expected = " or ".join(str([library, kind]) for kind in classes)
             raise ValueError(f"{folder / INDEX}: {part} is {index.get(part)}, expected {expected}")
         _component(folder, part)
-
-
-LEFT_OUT = {("sdxl", "text_encoder"), ("sd3", "text_encoder_3")}  # what may be absent from a stock folder
 
 
 def _component(folder: Path, name: str) -> Path:

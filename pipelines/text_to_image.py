@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Self
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ldm.cond import Cond
 from ldm.denoiser import Denoised
+from ldm.models.attention import check_backend
 from ldm.models.base import Network
 from ldm.models.text import TextEncoder
 from ldm.models.text_files import check_hub_options
@@ -75,7 +76,7 @@ class TextToImagePipeline(DiffusionPipeline):
             load_in_8bit: T5 in 8 bits; needs bitsandbytes.
             hub: for a hub name: ``revision``, ``cache_dir``, ``token``, ``local_files_only``.
         Raises:
-            ValueError: naming the file that is missing or not of a kind that is read here.
+            ValueError, OSError: naming the file that is missing, does not open or is not of a kind that is read here.
         """
         check_hub_options(hub)
         folder, name = Path(source).expanduser(), str(source)
@@ -94,6 +95,8 @@ class TextToImagePipeline(DiffusionPipeline):
             ValueError: a pipeline, network or scheduler that has no counterpart here.
         """
         if isinstance(source, DiffusionPipeline):
+            if kw:
+                raise ValueError(f"from_diffusers: {', '.join(kw)} is for folders and hub names, not for pipelines")
             return cls.from_parts(from_stock_pipeline(source))
         return cls.from_pretrained(source, **kw)
 
@@ -125,8 +128,19 @@ class TextToImagePipeline(DiffusionPipeline):
         return self._interrupt
 
     def set_attention_backend(self, name: str) -> None:
-        """The attention kernel of network and autoencoder: ``auto``, ``xformers``, ``flash``, ``sdpa``, ``plain``."""
-        for network in (self.net, self.vae):
+        """The attention kernel of network and autoencoder: ``auto``, ``xformers``, ``flash``, ``sdpa``, ``plain``.
+
+        Raises:
+            ValueError, RuntimeError: one of the two cannot have it, and why. Neither has changed then.
+        """
+        check_backend(name)
+        networks = {"net": self.net, "vae": self.vae}
+        for part, network in networks.items():
+            try:
+                network.check_attention_backend(name)
+            except ValueError as error:
+                raise ValueError(f"the pipeline's {part}: {error}; pipe.net and pipe.vae can have one each") from error
+        for network in networks.values():
             network.set_attention_backend(name)
 
     def enable_xformers_memory_efficient_attention(self, attention_op: Callable | None = None) -> None:
@@ -136,6 +150,13 @@ class TextToImagePipeline(DiffusionPipeline):
 
     def disable_xformers_memory_efficient_attention(self) -> None:
         self.set_attention_backend("auto")
+
+    def progress_bar(self, iterable: Iterable[Any] | None = None, total: int | None = None) -> Any:
+        """Stock's, but first shown after a step: what is logged in the first one stands above it, not in it."""
+        config = self._progress_bar_config = getattr(self, "_progress_bar_config", {})
+        config.setdefault("delay", 1e-9)  # tqdm's own; time is counted from now on all the same
+        bar: Any = super().progress_bar
+        return bar(iterable, total)
 
     # --- the call ------------------------------------------------------------------------------------------------
 
@@ -224,7 +245,7 @@ class TextToImagePipeline(DiffusionPipeline):
         self._interrupt, self._guidance_scale, self._num_timesteps = False, scale, steps
 
         parts, device = self.parts, self.net.device
-        text = partial(self._conditioning, length=max_sequence_length, clean=clean_caption)
+        text = partial(self._conditioning, max_length=max_sequence_length, clean=clean_caption)
         given = prompt_embeds, pooled_prompt_embeds, prompt_attention_mask
         cond = text("prompt", (prompt, prompt_2, prompt_3), given)
         uncond = None
@@ -257,8 +278,7 @@ class TextToImagePipeline(DiffusionPipeline):
                 sizes = negative_original_size, negative_crops_coords_top_left, negative_target_size
             uncond = with_sizes(self.net, uncond, height or h, width or w, *sizes)
 
-        progress_bar: Any = self.progress_bar
-        with progress_bar(total=steps) as bar:
+        with self.progress_bar(total=steps) as bar:
 
             def on_step(i: int, t: Tensor, x: Tensor, denoised: Denoised) -> Tensor | None:
                 bar.update()
@@ -303,10 +323,10 @@ class TextToImagePipeline(DiffusionPipeline):
         texts: Sequence[Texts | None],
         embeds: Sequence[Tensor | None],
         *,
-        length: int | None,
+        max_length: int | None,
         clean: bool,
     ) -> Cond:
-        """A Cond of the texts for each encoder, or of embeddings, pooled embeddings and mask."""
+        """A Cond of the texts for each encoder, or of embeddings (B, L, D), pooled ones (B, P) and mask (B, L)."""
         family, (tokens, pooled, mask) = self.text.family, embeds
         if (texts[0] is None) == (tokens is None):
             raise ValueError(f"give either {name} or {name}_embeds")
@@ -314,7 +334,7 @@ class TextToImagePipeline(DiffusionPipeline):
             lists = [_listed(text, clean and family == "pixart") for text in texts]
             rows = max(len(text) for text in lists if text is not None)
             lists = [text * rows if text is not None and len(text) == 1 else text for text in lists]
-            return self.text.encode(lists[0] or [], *lists[1:], max_sequence_length=length)
+            return self.text.encode(lists[0] or [], *lists[1:], max_sequence_length=max_length)
         wanted = {"sdxl": "pooled", "sd3": "pooled", "pixart": "mask"}.get(family)
         for what, value, full in (
             ("pooled", pooled, name.replace("prompt", "pooled_prompt_embeds")),
@@ -324,7 +344,13 @@ class TextToImagePipeline(DiffusionPipeline):
                 raise ValueError(f"{full}: {'needed' if what == wanted else 'not taken'} with {name}_embeds here")
         if tokens.ndim != 3 or tokens.shape[-1] != self.text.width:
             raise ValueError(f"{name}_embeds: {tuple(tokens.shape)}, expected (B, L, {self.text.width})")
-        bias = None if mask is None else torch.zeros(mask.shape).masked_fill(mask.cpu() == 0, -torch.inf)
+        rows, length = tokens.shape[:2]
+        if pooled is not None and pooled.shape != (rows, self.text.pooled_width):
+            full, wanted = name.replace("prompt", "pooled_prompt_embeds"), (rows, self.text.pooled_width)
+            raise ValueError(f"{full}: {tuple(pooled.shape)}, expected {wanted}, one for each of {name}_embeds")
+        if mask is not None and mask.shape != (rows, length):
+            raise ValueError(f"{name}_attention_mask: {tuple(mask.shape)}, expected {rows, length}, as {name}_embeds")
+        bias = None if mask is None else torch.zeros_like(mask, dtype=tokens.dtype).masked_fill(mask == 0, -torch.inf)
         return Cond(tokens, bias, pooled).to(self.net.device, self.net.dtype)
 
 

@@ -183,12 +183,12 @@ def test_auto_says_once_per_case_what_it_took(monkeypatch, caplog):
     for _ in range(3):
         attention(q, k, v)
         attention(q, k, v, torch.zeros(2, 13))
-        attention(q.detach(), k.detach(), v.detach())
+        attention(q.double(), k.double(), v.double())
         attention(q, k, v, backend="plain")  # asked for: nothing to say
     assert caplog.messages == [
-        "attention on cpu, float32, no bias: auto takes plain products: training on a CPU with few tokens",
-        "attention on cpu, float32, with bias: auto takes plain products: training on a CPU with few tokens",
         "attention on cpu, float32, no bias: auto takes torch's SDPA",
+        "attention on cpu, float32, with bias: auto takes torch's SDPA",
+        "attention on cpu, float64, no bias: auto takes torch's SDPA",
     ]
 
 
@@ -203,7 +203,7 @@ def test_auto_says_once_per_case_what_it_took(monkeypatch, caplog):
 def test_auto_gives_its_reason_on_a_gpu(monkeypatch, caplog, dtype, biased, reason):
     monkeypatch.setattr(module, "_said", set())
     caplog.set_level(logging.INFO, logger="ldm.models.attention")
-    assert [module._auto("cuda", dtype, biased, False) for _ in range(2)] == ["sdpa", "sdpa"]
+    assert [module._auto("cuda", dtype, biased) for _ in range(2)] == ["sdpa", "sdpa"]
     assert len(caplog.messages) == 1 and reason in caplog.messages[0]
 
 

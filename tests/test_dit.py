@@ -9,10 +9,24 @@ from torch import nn
 
 from ldm.cond import Cond
 from ldm.denoiser import Denoiser, TimeInput
-from ldm.models.dit import LORA_TARGETS, Block, DiT
+from ldm.models.dit import LORA_TARGETS, DiT, visible
 from ldm.paths import DiscreteVP
 from ldm.prediction import Eps
 from tests import tiny
+from tests.twins import (
+    DTYPES,
+    TOLERANCE,
+    assert_close,
+    assert_same_gradients,
+    assert_shared,
+    assert_start,
+    assert_targets,
+    draw,
+    gradients,
+    random_twin,
+    times,
+    train,
+)  # fmt: skip
 
 SMALL: dict[str, Any] = {
     "num_attention_heads": 3, "attention_head_dim": 8, "num_layers": 3, "cross_attention_dim": 24, "sample_size": 16,
@@ -35,34 +49,20 @@ FULL = {  # transformer/config.json of the published models, and how many weight
     "sigma-1024-ms": ({"sample_size": 128, "interpolation_scale": 2, "use_additional_conditions": False}, 610_856_096),
     "sigma-2k-ms": ({"sample_size": 256, "interpolation_scale": 4, "use_additional_conditions": False}, 610_856_096),
 }
-# Of the largest value of a tensor. The two add up in another order and ours fuses multiply and add.
-TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
-DTYPES = list(TOLERANCE)
 
 
 def stock(dtype=torch.float32, **config) -> PixArtTransformer2DModel:
-    """The stock class with random weights, none of which is zero or one."""
-    generator = torch.Generator().manual_seed(0)
-    torch.manual_seed(0)
-    model: Any = PixArtTransformer2DModel(**SMALL | config)
-    model.to(dtype)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(0.1 * torch.randn(p.shape, generator=generator))
-    return model
+    return random_twin(PixArtTransformer2DModel, dtype, **SMALL | config)
 
 
 def inputs(batch=2, height=16, width=16, length=7, channels=4, dtype=torch.float32):
     """Latents, time, text, which tokens are words (the last one of row 0 alone is not), and the picture's size."""
-    g = torch.Generator().manual_seed(1)
-    shapes = (batch, channels, height, width), (batch, length, 20)
-    x, tokens = (torch.randn(s, generator=g, dtype=torch.float64).to(dtype) for s in shapes)
-    time = (torch.rand(batch, generator=g, dtype=torch.float64) * 1000).to(dtype)
+    x, tokens = draw((batch, channels, height, width), (batch, length, 20), dtype=dtype)
     seen = torch.ones(batch, length)
     if batch > 1:
         seen[0, -1] = 0
     sizes = torch.tensor([8.0 * height, 8.0 * width, height / width], dtype=dtype).expand(batch, -1)
-    return x, time, tokens, seen, sizes * torch.linspace(1, 1.5, batch, dtype=dtype)[:, None]
+    return x, times(batch, dtype), tokens, seen, sizes * torch.linspace(1, 1.5, batch, dtype=dtype)[:, None]
 
 
 def hidden(seen, dtype=torch.float32):
@@ -78,26 +78,6 @@ def run_stock(model, x, time, tokens, seen=None, sizes=None):
         x, encoder_hidden_states=tokens, timestep=time, encoder_attention_mask=seen, added_cond_kwargs=added,
         return_dict=False,
     )[0]  # fmt: skip
-
-
-def gradients(out, model, **others):
-    wanted = dict(model.named_parameters()) | others
-    cotangent = torch.randn(out.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64).to(out.dtype)
-    return dict(zip(wanted, torch.autograd.grad(out, list(wanted.values()), cotangent), strict=True))
-
-
-def assert_close(ours, theirs, tolerance, what="output", floor=0.0):
-    difference, size = (ours - theirs).abs().max().item(), theirs.abs().max().item()
-    assert difference <= tolerance * max(size, floor), f"{what}: {difference:.2e} of {size:.2e}"
-
-
-def assert_same_gradients(ours, theirs, tolerance):
-    largest = max(g.abs().max().item() for g in theirs.values())
-    assert ours.keys() == theirs.keys()
-    for name, g in theirs.items():
-        # One kind is zero but for rounding: softmax does not see a bias that all keys share.
-        floor = largest if name.endswith("to_k.bias") else 1e-3 * largest
-        assert_close(ours[name], g, tolerance, f"gradient of {name}", floor)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -144,36 +124,73 @@ def test_padded_text_is_hidden_as_in_stock(lengths, dtype):
 
 
 def test_a_row_that_hides_all_its_text_gets_nothing_from_it():
-    """Stock would attend evenly to the padding there."""
+    """Stock would attend evenly to the padding there. The attention answers zero, which leaves the bias of its last
+    layer: the same in a batch of its own, of which one token stays."""
     ours = DiT.from_diffusers(stock(torch.float64))
     x, time, tokens, _, _ = inputs(dtype=torch.float64)
     bias = torch.zeros(2, 7, dtype=torch.float64)
     bias[0] = -math.inf
+    tokens.requires_grad_()
     out = ours(x, time, Cond(tokens, bias))
+    assert not gradients(out, ours, tokens=tokens)["tokens"][0].any()
     assert_close(out[1:], ours(x[1:], time[1:], Cond(tokens[1:])), 1e-12)
     assert_close(out[:1], ours(x[:1], time[:1], Cond(tokens[:1] + 5, bias[:1])), 1e-12)
-    assert out.isfinite().all()
+    blocks: Any = ours.transformer_blocks
+    for block in blocks:
+        block.attn2.forward = lambda x, text, bias, last=block.attn2.to_out[0]: last.bias.expand_as(x)
+    assert_close(out[:1], ours(x, time, Cond(tokens))[:1], 1e-12)
+
+
+def test_padding_at_the_end_is_cut_for_all_conds_together():
+    def cond(*lengths, total=8):
+        seen = (torch.arange(total) < torch.tensor(lengths)[:, None]).float()
+        return Cond(torch.arange(1.0, total + 1).expand(len(lengths), -1)[..., None], hidden(seen))
+
+    for given, length, biased in (
+        ([cond(3, 5), cond(1, 1)], 5, True),
+        ([cond(5, 5), cond(5)], 5, False),
+        ([cond(8, 8)], 8, False),
+        ([cond(0, 0), cond(0)], 1, True),
+        ([cond(2, 6), cond(6, 6, total=7)], 6, True),
+    ):
+        for before, after in zip(given, visible(*given), strict=True):
+            assert before.bias is not None
+            assert torch.equal(after.tokens, before.tokens[:, :length])
+            if biased:
+                assert after.bias is not None and torch.equal(after.bias, before.bias[:, :length])
+            else:
+                assert after.bias is None
+    gap, folded, plain = cond(3), cond(3), Cond(torch.zeros(1, 8, 1))
+    assert gap.bias is not None and folded.bias is not None
+    gap.bias[0, 0], folded.bias[0, 1] = -math.inf, math.log(256)
+    for one in (gap, folded):
+        (cut,) = visible(one)
+        assert cut.bias is not None and torch.equal(cut.bias, one.bias[:, :3])
+    for same in ([plain], [plain, gap]):
+        assert all(a is b for a, b in zip(visible(*same), same, strict=True))
+
+
+def test_no_text_at_all_is_text_that_is_hidden():
+    ours = DiT.from_diffusers(stock(torch.float64))
+    x, time, tokens, _, _ = inputs(dtype=torch.float64)
+    bias = torch.full((2, 7), -math.inf, dtype=torch.float64)
+    expected = ours(x, time, Cond(tokens, bias))
+    for empty in (None, bias[:, :0]):
+        assert_close(ours(x, time, Cond(tokens[:, :0], empty)), expected, 1e-12)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_weights_go_there_and_back_without_a_copy(family, tmp_path):
     theirs = stock(**FAMILIES[family])
     ours = DiT.from_diffusers(theirs)
-    back: Any = ours.to_diffusers()
-    first, second, third = (m.state_dict(keep_vars=True) for m in (theirs, ours, back))
-    assert first.keys() == second.keys() == third.keys()
-    for name in first:
-        assert first[name].data_ptr() == second[name].data_ptr() == third[name].data_ptr(), name
-        assert first[name].requires_grad == second[name].requires_grad == third[name].requires_grad, name
-    for field in ours.config:
-        assert back.config[field] == theirs.config[field]
+    back = assert_shared(theirs, ours)
     x, time, tokens, seen, sizes = inputs(1, 18, 18, channels=theirs.config["in_channels"])
     assert torch.equal(run_stock(back, x, time, tokens, seen, sizes), run_stock(theirs, x, time, tokens, seen, sizes))
 
     back.save_pretrained(tmp_path)
     again = DiT.from_diffusers(tmp_path)
     cond = Cond(tokens, hidden(seen), size_ids=sizes)
-    assert all(torch.equal(v, first[k]) for k, v in again.state_dict().items())
+    assert all(torch.equal(v, theirs.state_dict()[k]) for k, v in again.state_dict().items())
     assert_close(again(x, time, cond), ours(x, time, cond), 1e-6)  # products differ with where in memory weights lie
 
 
@@ -208,14 +225,14 @@ def test_full_size(family):
 @pytest.mark.parametrize("sample_size", [32, 64, 128, 192, 256])
 def test_positions_are_the_stock_ones(sample_size):
     """At the size laid out for, where stock keeps them, and at others, where it works them out again."""
-    with torch.device("meta"):
-        ours: Any = DiT(**SMALL | {"sample_size": sample_size, "use_additional_conditions": False}).pos_embed
-    theirs: Any = stock(sample_size=sample_size, use_additional_conditions=False).pos_embed
+    config = {"sample_size": sample_size, "use_additional_conditions": False}
+    ours, theirs = DiT(**SMALL | config).pos_embed, stock(**config).pos_embed
     assert torch.equal(ours.pos_embed, theirs.pos_embed)
     nn.init.zeros_(theirs.proj.weight)
     nn.init.zeros_(theirs.proj.bias)
-    expected = theirs(torch.zeros(1, 4, 20, 44))[0]
-    assert torch.equal(ours.table(10, 22, torch.device("cpu")).flatten(0, 1), expected)
+    for h, w in ((10, 22), (ours.base, ours.base), (ours.base, 7)):
+        expected = theirs(torch.zeros(1, 4, 2 * h, 2 * w))[0]
+        assert torch.equal(ours.table(h, w).flatten(0, 1), expected)
 
 
 def test_initialisation():
@@ -231,32 +248,15 @@ def test_initialisation():
         for block in net.transformer_blocks:
             assert torch.equal(block(image, text, modulations, None), image)
     zero = {net.adaln_single.linear, net.proj_out, *(b.attn2.to_out[0] for b in net.transformer_blocks)}  # type: ignore[union-attr, index]
-    embedders = {*net.adaln_single.emb.modules(), *net.caption_projection.modules()}
-    for name, m in net.named_modules():
-        if not isinstance(m, nn.Linear | nn.Conv2d):
-            continue
-        assert m.bias is not None and m.bias.abs().max() == 0, name
-        w = m.weight.flatten(1)
-        if m in zero:
-            assert w.abs().max() == 0, name
-            continue
-        std = 0.02 if m in embedders else math.sqrt(2 / sum(w.shape))
-        # The standard error of a standard deviation is at most 1 / sqrt(2 n) of it; five of them.
-        assert w.std().item() == pytest.approx(std, rel=5 / math.sqrt(2 * w.numel())), name
+    assert_start(net, zero, {*net.adaln_single.emb.modules(), *net.caption_projection.modules()})
 
 
 def test_first_steps_train():
     torch.manual_seed(0)
     net = DiT(**SMALL | {"out_channels": 4, "use_additional_conditions": True})
     x, time, tokens, seen, sizes = inputs()
-    optimizer = torch.optim.Adam(net.parameters(), lr=3e-3)
-    losses = []
-    for _ in range(12):
-        loss = (net(x, time, Cond(tokens, hidden(seen), size_ids=sizes)) - x).square().mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
+    cond = Cond(tokens, hidden(seen), size_ids=sizes)
+    losses = train(net, lambda: (net(x, time, cond) - x).square().mean())
     assert losses[-1] < 0.8 * losses[0]
     assert all(p.grad is not None and p.grad.abs().max() > 0 for p in net.parameters())
 
@@ -272,35 +272,6 @@ def test_learned_variance():
     loss.sum().backward()
     grad = d.net.proj_out.weight.grad.unflatten(0, (4, 8)).abs().amax((0, 2))  # type: ignore[union-attr]
     assert loss.shape == (2,) and (grad > 0).all()  # both the output proper and the variance are taught
-
-
-def test_gradient_checkpointing_recomputes_blocks_and_changes_nothing(monkeypatch):
-    net = DiT.from_diffusers(stock(**FAMILIES["alpha-1024-ms"]))
-    calls = []
-    forward = Block.forward
-    monkeypatch.setattr(Block, "forward", lambda self, *a: (calls.append(self), forward(self, *a))[1])
-    x, time, tokens, seen, sizes = inputs()
-    results = []
-    for expected in (3, 6):
-        calls.clear()
-        out = net(x, time, Cond(tokens, hidden(seen), size_ids=sizes))
-        grads = gradients(out, net)
-        assert len(calls) == expected
-        results.append({"out": out, **grads})
-        net.enable_gradient_checkpointing()
-    for name in results[0]:
-        assert torch.equal(results[0][name], results[1][name]), name
-
-
-def test_attention_backends_agree():
-    net = DiT.from_diffusers(stock(torch.float64))
-    x, time, tokens, seen, _ = inputs(dtype=torch.float64)
-    cond = Cond(tokens, hidden(seen, torch.float64))
-    net.set_attention_backend("sdpa")
-    sdpa = net(x, time, cond)
-    net.set_attention_backend("plain")
-    assert [m.backend for m in net.modules() if hasattr(m, "backend")] == ["plain"] * 6
-    assert_close(net(x, time, cond), sdpa, 1e-12)
 
 
 @pytest.mark.parametrize("autocast", [False, True])
@@ -338,7 +309,8 @@ def test_a_size_that_does_not_fit_names_the_nearest(height, width, nearest):
             "32.*multiple of 3.*36",
         ),
         ({"interpolation_scale": 0.0}, "interpolation_scale=0.0"),
-        ({"sample_size": 1}, "sample_size=1"),
+        ({"sample_size": 1}, "sample_size=1 holds no patch of patch_size=2"),
+        ({"num_layers": 0, "in_channels": -4}, "in_channels=-4, num_layers=0: expected above 0"),
     ],
 )
 def test_a_config_that_does_not_fit(config, message):
@@ -354,7 +326,9 @@ def test_options_of_no_pixart_model_are_refused():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"tokens": torch.zeros(2, 7, 19)}, "tokens is 19 wide.*caption_channels=20"),
+        ({"tokens": torch.zeros(2, 7, 19)}, r"tokens is \(2, 7, 19\); expected \(2, L, caption_channels=20\)"),
+        ({"tokens": torch.zeros(3, 7, 20)}, r"tokens is \(3, 7, 20\); expected \(2, L, caption"),
+        ({"extra": torch.zeros(2, 1, 16, 16)}, "extra is given"),
         ({"bias": torch.zeros(2, 6)}, r"bias is \(2, 6\).*\(2, 7\)"),
         ({"size_ids": None}, r"size_ids is None.*\(2, 3\): height and width in pixels"),
         ({"size_ids": torch.zeros(2, 6)}, r"size_ids is \(2, 6\).*\(2, 3\)"),
@@ -365,13 +339,10 @@ def test_a_cond_that_does_not_fit(change, message):
     net = DiT(**SMALL | {"use_additional_conditions": True})
     with pytest.raises(ValueError, match=message):
         net(x, time, Cond(**{"tokens": tokens, "size_ids": sizes} | change))
-    with pytest.raises(ValueError, match=r"\(2, 5, 16, 16\).*in_channels=4"):
+    with pytest.raises(ValueError, match=r"\(2, 5, 16, 16\); expected \(B, in_channels=4, H, W\)"):
         net(torch.zeros(2, 5, 16, 16), time, Cond(tokens, size_ids=sizes))
 
 
 def test_lora_targets_are_the_projections_of_every_attention_here_and_in_stock():
     for model in (stock(), DiT(**SMALL)):
-        linears = {n for n, m in model.named_modules() if isinstance(m, nn.Linear)}
-        hit = {n for n in linears if n.endswith(tuple(f".{t}" for t in LORA_TARGETS))}
-        assert hit == {n for n in linears if ".attn1." in n or ".attn2." in n}
-        assert all(any(n.endswith(f".{t}") for n in hit) for t in LORA_TARGETS)
+        assert_targets(model, LORA_TARGETS, ("attn1", "attn2"))

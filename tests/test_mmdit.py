@@ -4,10 +4,23 @@ from typing import Any
 import pytest
 import torch
 from diffusers.models.transformers.transformer_sd3 import SD3Transformer2DModel
-from torch import nn
 
 from ldm.cond import Cond
-from ldm.models.mmdit import LORA_TARGETS, JointBlock, MMDiT, Modulation
+from ldm.models.mmdit import LORA_TARGETS, MMDiT, Modulation
+from tests.twins import (
+    DTYPES,
+    TOLERANCE,
+    assert_close,
+    assert_same_gradients,
+    assert_shared,
+    assert_start,
+    assert_targets,
+    draw,
+    gradients,
+    random_twin,
+    times,
+    train,
+)  # fmt: skip
 
 SMALL: dict[str, Any] = {
     "sample_size": 16, "patch_size": 2, "in_channels": 4, "out_channels": 4, "num_layers": 3, "attention_head_dim": 8,
@@ -20,52 +33,19 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "sd3.5-large": {"qk_norm": "rms_norm"},
     "other-sizes": {"patch_size": 4, "in_channels": 3, "out_channels": None, "dual_attention_layers": (2,)},
 }
-# Of the largest value of a tensor. The two add up in another order and ours fuses multiply and add.
-TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
-DTYPES = list(TOLERANCE)
 
 
 def stock(dtype=torch.float32, **config) -> SD3Transformer2DModel:
-    """The stock class with random weights, none of which is zero or one."""
-    generator = torch.Generator().manual_seed(0)
-    torch.manual_seed(0)
-    model: Any = SD3Transformer2DModel(**SMALL | config)
-    model.to(dtype)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(0.1 * torch.randn(p.shape, generator=generator))
-    return model
+    return random_twin(SD3Transformer2DModel, dtype, **SMALL | config)
 
 
 def inputs(batch=2, height=16, width=16, length=7, channels=4, dtype=torch.float32):
-    g = torch.Generator().manual_seed(1)
-    shapes = (batch, channels, height, width), (batch, length, 24), (batch, 12)
-    x, tokens, pooled = (torch.randn(s, generator=g, dtype=torch.float64).to(dtype) for s in shapes)
-    time = (torch.rand(batch, generator=g, dtype=torch.float64) * 1000).to(dtype)
-    return x, time, tokens, pooled
+    x, tokens, pooled = draw((batch, channels, height, width), (batch, length, 24), (batch, 12), dtype=dtype)
+    return x, times(batch, dtype), tokens, pooled
 
 
 def run_stock(model, x, time, tokens, pooled):
     return model(x, encoder_hidden_states=tokens, pooled_projections=pooled, timestep=time, return_dict=False)[0]
-
-
-def gradients(out, model, **others):
-    wanted = dict(model.named_parameters()) | others
-    cotangent = torch.randn(out.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64).to(out.dtype)
-    return dict(zip(wanted, torch.autograd.grad(out, list(wanted.values()), cotangent), strict=True))
-
-
-def assert_close(ours, theirs, tolerance, what="output", floor=0.0):
-    difference, size = (ours - theirs).abs().max().item(), theirs.abs().max().item()
-    assert difference <= tolerance * max(size, floor), f"{what}: {difference:.2e} of {size:.2e}"
-
-
-def assert_same_gradients(ours, theirs, tolerance):
-    # One kind is zero but for rounding: softmax does not see a bias that all keys share (attn2.to_k.bias).
-    floor = 1e-3 * max(g.abs().max().item() for g in theirs.values())
-    assert ours.keys() == theirs.keys()
-    for name, g in theirs.items():
-        assert_close(ours[name], g, tolerance, f"gradient of {name}", floor)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -86,15 +66,7 @@ def test_equals_stock(family, dtype, batch, height, width, length):
 def test_weights_go_there_and_back_without_a_copy(family, tmp_path):
     theirs = stock(**FAMILIES[family])
     ours = MMDiT.from_diffusers(theirs)
-    back = ours.to_diffusers()
-    first, second, third = (m.state_dict(keep_vars=True) for m in (theirs, ours, back))
-    assert first.keys() == second.keys() == third.keys()
-    for name in first:
-        assert first[name].data_ptr() == second[name].data_ptr() == third[name].data_ptr(), name
-        assert first[name].requires_grad == second[name].requires_grad == third[name].requires_grad, name
-    for field in ours.config:
-        assert back.config[field] == theirs.config[field]
-
+    back = assert_shared(theirs, ours)
     back.save_pretrained(tmp_path)
     again = MMDiT.from_diffusers(tmp_path)
     x, time, tokens, pooled = inputs(channels=theirs.config["in_channels"])
@@ -107,8 +79,16 @@ def test_names_shapes_and_table_of_a_fresh_one_are_the_stock_ones(family):
     theirs, ours = stock(**FAMILIES[family]), MMDiT(**SMALL | FAMILIES[family])
     assert {k: v.shape for k, v in ours.state_dict().items()} == {k: v.shape for k, v in theirs.state_dict().items()}
     assert dict(ours.named_parameters()).keys() == dict(theirs.named_parameters()).keys()
-    # Sines of positions below 8, whose float32 rounding is the only difference there could be.
-    torch.testing.assert_close(ours.pos_embed.pos_embed, theirs.pos_embed.pos_embed, rtol=0, atol=1e-6)
+    assert torch.equal(ours.pos_embed.pos_embed, theirs.pos_embed.pos_embed)
+
+
+@pytest.mark.parametrize(("sample_size", "side"), [(32, 16), (64, 96), (128, 192), (100, 31)])
+def test_positions_are_the_stock_ones(sample_size, side):
+    config = {"sample_size": sample_size, "pos_embed_max_size": side}
+    ours, theirs = MMDiT(**SMALL | config).pos_embed, stock(**config).pos_embed
+    for h, w in ((side, side), (side - 1, 4), (3, side - 2)):
+        expected = theirs.cropped_pos_embed(2 * h, 2 * w)[0]
+        assert torch.equal(ours.table(h, w).flatten(0, 1), expected)
 
 
 @pytest.mark.parametrize("tail", ["zero", "random"])
@@ -167,21 +147,8 @@ def test_initialisation():
         for block in net.transformer_blocks:
             y, y_t = block(image, text, c, None)
             assert torch.equal(y, image) and (y_t is None or torch.equal(y_t, text))
-    modulations = {m.linear for m in net.modules() if isinstance(m, Modulation)}
-    embedders = set(net.time_text_embed.modules())
-    for name, m in net.named_modules():
-        if not isinstance(m, nn.Linear | nn.Conv2d):
-            continue
-        assert m.bias is not None and m.bias.abs().max() == 0, name
-        w = m.weight.flatten(1)
-        if m in modulations or m is net.proj_out:
-            assert w.abs().max() == 0, name
-            continue
-        std = 0.02 if m in embedders else math.sqrt(2 / sum(w.shape))
-        # The standard error of a standard deviation is at most 1 / sqrt(2 n) of it; five of them.
-        assert w.std().item() == pytest.approx(std, rel=5 / math.sqrt(2 * w.numel())), name
-        if m not in embedders:
-            assert w.abs().max() <= math.sqrt(3) * std * (1 + 1e-6), name  # xavier draws from a box
+    zero = {net.proj_out, *(m.linear for m in net.modules() if isinstance(m, Modulation))}
+    assert_start(net, zero, set(net.time_text_embed.modules()))
     assert all((p == 1).all() for n, p in net.named_parameters() if "norm_" in n and n.endswith("norm_q.weight"))
 
 
@@ -189,49 +156,12 @@ def test_first_steps_train():
     torch.manual_seed(0)
     net = MMDiT(**SMALL)
     x, time, tokens, pooled = inputs()
-    optimizer = torch.optim.Adam(net.parameters(), lr=3e-3)
-    losses = []
-    for _ in range(12):
-        loss = (net(x, time, Cond(tokens, pooled=pooled)) - x).square().mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
+    losses = train(net, lambda: (net(x, time, Cond(tokens, pooled=pooled)) - x).square().mean())
     assert losses[-1] < 0.8 * losses[0]
     # What feeds nothing is the last block's text queries: their gradient is zero, not missing, as DDP wants it.
     assert all(p.grad is not None for p in net.parameters())
     dead = {n for n, p in net.named_parameters() if p.grad.abs().max() == 0}  # type: ignore[union-attr]
     assert dead == {"transformer_blocks.2.attn.add_q_proj.weight", "transformer_blocks.2.attn.add_q_proj.bias"}
-
-
-def test_gradient_checkpointing_recomputes_blocks_and_changes_nothing(monkeypatch):
-    net = MMDiT.from_diffusers(stock(**FAMILIES["sd3.5-medium"]))
-    calls = []
-    forward = JointBlock.forward
-    monkeypatch.setattr(JointBlock, "forward", lambda self, *a: (calls.append(self), forward(self, *a))[1])
-    x, time, tokens, pooled = inputs()
-    bias = torch.zeros(2, 7)
-    bias[:, 6] = 2
-    results = []
-    for expected in (3, 6):
-        calls.clear()
-        out = net(x, time, Cond(tokens, bias, pooled))
-        grads = gradients(out, net)
-        assert len(calls) == expected
-        results.append({"out": out, **grads})
-        net.enable_gradient_checkpointing()
-    for name in results[0]:
-        assert torch.equal(results[0][name], results[1][name]), name
-
-
-def test_attention_backends_agree():
-    net = MMDiT.from_diffusers(stock(torch.float64, **FAMILIES["sd3.5-medium"]))
-    x, time, tokens, pooled = inputs(dtype=torch.float64)
-    bias = torch.randn(2, 7, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
-    auto = net(x, time, Cond(tokens, bias, pooled))
-    net.set_attention_backend("plain")
-    assert [m.backend for m in net.modules() if hasattr(m, "backend")] == ["plain"] * 5  # three joint, two dual
-    assert_close(net(x, time, Cond(tokens, bias, pooled)), auto, 1e-12)
 
 
 @pytest.mark.parametrize("autocast", [False, True])
@@ -266,9 +196,9 @@ def test_a_size_that_does_not_fit_names_the_nearest(height, width, nearest):
     [
         ({"caption_projection_dim": 24}, "caption_projection_dim=24.* = 32"),
         ({"qk_norm": "l2"}, "qk_norm='l2'"),
-        ({"pos_embed_max_size": 0}, "pos_embed_max_size=0.*at least 1"),
+        ({"pos_embed_max_size": 0}, "pos_embed_max_size=0.*above 0"),
         ({"pos_embed_max_size": None}, "pos_embed_max_size=None"),
-        ({"num_layers": 0, "in_channels": -4}, "in_channels=-4, num_layers=0.*at least 1"),
+        ({"num_layers": 0, "in_channels": -4}, "in_channels=-4, num_layers=0.*above 0"),
         ({"sample_size": 1}, "sample_size=1 holds no patch of patch_size=2"),
         ({"dual_attention_layers": (1, 3)}, r"\[3\].*0 to 2"),
         ({"attention_head_dim": 1, "num_attention_heads": 6, "caption_projection_dim": 6}, "multiple of 4"),
@@ -282,11 +212,13 @@ def test_a_config_that_does_not_fit(config, message):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"pooled": None}, "pooled is missing"),
-        ({"pooled": torch.zeros(2, 11)}, "pooled is 11 wide.*pooled_projection_dim=12"),
-        ({"tokens": torch.zeros(2, 7, 23)}, "tokens is 23 wide.*joint_attention_dim=24"),
+        ({"pooled": None}, r"pooled is missing; expected \(2, pooled_projection_dim=12\)"),
+        ({"pooled": torch.zeros(2, 11)}, r"pooled is \(2, 11\); expected \(2, pooled_projection_dim=12\)"),
+        ({"tokens": torch.zeros(2, 7, 23)}, r"tokens is \(2, 7, 23\); expected \(2, L, joint_attention_dim=24\)"),
         ({"bias": torch.zeros(2, 6)}, r"bias is \(2, 6\).*\(2, 7\)"),
-        ({"tokens": torch.zeros(3, 7, 24)}, "tokens is for 3 pictures; x holds 2"),
+        ({"tokens": torch.zeros(3, 7, 24)}, r"tokens is \(3, 7, 24\); expected \(2, L, "),
+        ({"tokens": torch.zeros(2, 24)}, r"tokens is \(2, 24\); expected \(2, L, "),
+        ({"pooled": torch.zeros(2, 1, 12)}, r"pooled is \(2, 1, 12\)"),
         ({"extra": torch.zeros(2, 1, 16, 16)}, "extra is given"),
     ],
 )
@@ -299,13 +231,17 @@ def test_a_cond_that_does_not_fit(change, message):
 @pytest.mark.parametrize("shape", [(2, 5, 16, 16), (4, 16, 16)])
 def test_latents_of_other_channels(shape):
     _, time, tokens, pooled = inputs()
-    with pytest.raises(ValueError, match=r"expected \(B, 4, H, W\)"):
+    with pytest.raises(ValueError, match=r"expected \(B, in_channels=4, H, W\)"):
         MMDiT(**SMALL)(torch.zeros(shape), time, Cond(tokens, pooled=pooled))
+
+
+@pytest.mark.parametrize("time", [torch.tensor(3.0), torch.zeros(3)])
+def test_a_time_that_does_not_fit(time):
+    x, _, tokens, pooled = inputs()
+    with pytest.raises(ValueError, match=r"time is \(3?,?\); expected \(2,\), one for each picture"):
+        MMDiT(**SMALL)(x, time, Cond(tokens, pooled=pooled))
 
 
 def test_lora_targets_are_the_projections_of_every_attention_here_and_in_stock():
     for model in (stock(**FAMILIES["sd3.5-medium"]), MMDiT(**SMALL | FAMILIES["sd3.5-medium"])):
-        linears = {n for n, m in model.named_modules() if isinstance(m, nn.Linear)}
-        hit = {n for n in linears if n.endswith(tuple(f".{t}" for t in LORA_TARGETS))}
-        assert hit == {n for n in linears if ".attn." in n or ".attn2." in n}
-        assert all(any(n.endswith(f".{t}") for n in hit) for t in LORA_TARGETS)
+        assert_targets(model, LORA_TARGETS, ("attn", "attn2"))

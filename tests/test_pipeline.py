@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import json
+import logging
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,12 +18,16 @@ from diffusers import DiffusionPipeline, StableDiffusionPipeline
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from ldm.models import attention, dit
+from ldm.models.dit import visible
+from ldm.models.vae import VAE
 from ldm.sampling import SAMPLERS
+from pipelines import core
 from pipelines.core import generate, start_latents
 from pipelines.folder import load_parts
 from pipelines.text_to_image import TextToImagePipeline
-from tests import tiny
-from tests.forms import CALL, FORMS, NEGATIVE, PICTURE, PROMPTS, exported, noise, ours, quiet
+from tests import families, tiny
+from tests.forms import CALL, FORMS, NEGATIVE, PICTURE, PROMPTS, exported, noise, ours, parts, quiet
 
 # The other environment: a fresh interpreter far from here, in which any import of ours fails.
 STOCK_SCRIPT = """
@@ -132,6 +139,8 @@ def test_a_stock_pipeline_is_taken_over_with_its_weights(saved):
     expected = stock(PROMPTS, generator=generators, **call).images
     generators = [torch.Generator().manual_seed(i) for i in range(3)]
     assert (pipe(PROMPTS, generator=generators, **call).images - expected).abs().max() < 1e-4
+    with pytest.raises(ValueError, match="dtype is for folders and hub names, not for pipelines"):
+        TextToImagePipeline.from_diffusers(stock, dtype=torch.float16)
 
 
 # --- the call ----------------------------------------------------------------------------------------------------
@@ -249,6 +258,57 @@ def test_the_pipeline_changes_precision():
     assert picture.dtype == np.float32 and np.isfinite(picture).all()
 
 
+def test_a_backend_that_one_part_cannot_have_changes_none(monkeypatch):
+    """The autoencoder has one head, as wide as its innermost level: 512 in Stable Diffusion's."""
+    with torch.device("meta"):
+        vae = VAE(block_out_channels=(32, 512))
+    pipe = quiet(TextToImagePipeline.from_parts(replace(parts("unet"), vae=vae)))
+    layers = [m for net in (pipe.net, pipe.vae) for m in net.modules() if hasattr(m, "backend")]
+    pipe.set_attention_backend("plain")
+    assert len(layers) == 10 and {layer.backend for layer in layers} == {"plain"}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    with pytest.raises(ValueError, match=r"the pipeline's vae: .*heads 512 wide.*pipe\.net and pipe\.vae can have one"):
+        pipe.set_attention_backend("flash")
+    with pytest.raises(ValueError, match="'flashy' is not one of"):
+        pipe.set_attention_backend("flashy")
+    with pytest.raises(RuntimeError, match="'xformers' cannot be imported"):
+        pipe.enable_xformers_memory_efficient_attention()
+    assert {layer.backend for layer in layers} == {"plain"}
+    pipe.net.set_attention_backend("flash")
+    assert {layer.backend for layer in layers} == {"plain", "flash"}
+
+
+def test_what_attention_takes_is_said_above_the_progress_bar(monkeypatch, caplog):
+    """Both write to one stream, as on a terminal; the bar stays on one line from its first sign on."""
+    monkeypatch.setattr(attention, "_said", set())
+    stream, handler = io.StringIO(), logging.StreamHandler()
+    handler.setStream(stream)
+    pipe = TextToImagePipeline.from_parts(parts("unet"))
+    pipe.set_progress_bar_config(file=stream, mininterval=0)
+    caplog.set_level(logging.INFO, logger=attention.log.name)
+    monkeypatch.setattr(attention.log, "handlers", [handler])
+    pipe("zebra", num_inference_steps=3, output_type="latent")
+    said, *bar = stream.getvalue().split("\n")
+    assert said.startswith("attention on cpu") and "%|" not in said
+    assert [part.split("|")[0].strip() for part in bar[0].split("\r")[1:]] == ["33%", "67%", "100%", "100%"]
+    assert bar[1:] == [""]
+
+
+def test_padding_is_cut_once_and_not_in_the_network(monkeypatch):
+    """On a GPU the network does not look, since the host would wait at every step: here it is kept from looking."""
+    pipe = quiet(TextToImagePipeline.from_diffusers(families.pixart()))
+    call = dict(num_inference_steps=2, guidance_scale=3.0, output_type="latent", latents=noise(2))
+    call |= dict(prompt=["a red apple", "zebra"], negative_prompt="green")
+    expected, cuts, lengths = pipe(**call).images, [], []
+    monkeypatch.setattr(dit, "visible", lambda cond: (lengths.append(cond.tokens.shape), (cond,))[1])
+    monkeypatch.setattr(core, "visible", lambda *conds: (cuts.append(1), visible(*conds))[1])
+    assert torch.equal(pipe(**call).images, expected)
+    assert len(cuts) == 1 and len(lengths) == 2
+    longest = int(pipe.text.encode(["a red apple"]).bias.isfinite().sum())
+    assert {shape[:2] for shape in lengths} == {(4, longest)} and longest < 10
+
+
 def test_core_draws_what_the_pipeline_draws():
     pipe = ours("unet")
     call = dict(generator=torch.Generator().manual_seed(3), guidance_scale=4.0)
@@ -274,7 +334,8 @@ def test_start_latents_are_stocks():
         (dict(sampler="ddmi"), "sampler 'ddmi' is not one of"),
         (dict(num_inference_steps=0), "num_inference_steps is 0"),
         (dict(num_images_per_prompt=0), "num_images_per_prompt is 0"),
-        (dict(height=15), "height is 15, expected a multiple of 2"),
+        (dict(height=15), "height is 15, expected a multiple of 2.*the nearest is 16"),
+        (dict(width=0), "width is 0, expected a multiple of 2.*the nearest is 2"),
         (dict(height=10, width=10), "nearest that fits"),
         (dict(latents=torch.zeros(2, *PICTURE)), r"latents: \(2, 4, 8, 8\)"),
         (dict(generator=[torch.Generator()] * 2), "a list of 2 for 1 pictures"),
@@ -290,3 +351,13 @@ def test_start_latents_are_stocks():
 def test_a_wrong_argument_is_named(wrong, message):
     with pytest.raises(ValueError, match=message):
         ours("unet")(**({"prompt": "zebra", "num_inference_steps": 1} | wrong))
+
+
+def test_embeddings_whose_company_does_not_fit_are_refused():
+    call, pixart = dict(num_inference_steps=1), TextToImagePipeline.from_diffusers(families.pixart())
+    tokens = torch.zeros(2, 7, families.T5_WIDTH)
+    with pytest.raises(ValueError, match=r"prompt_attention_mask: \(2, 6\), expected \(2, 7\), as prompt_embeds"):
+        pixart(prompt_embeds=tokens, prompt_attention_mask=torch.ones(2, 6), **call)
+    sd3, pooled = ours("mmdit"), tiny.POOLED + 2
+    with pytest.raises(ValueError, match=rf"pooled_prompt_embeds: \(1, {pooled}\), expected \(2, {pooled}\), one for"):
+        sd3(prompt_embeds=torch.zeros(2, 7, tiny.JOINT), pooled_prompt_embeds=torch.zeros(1, pooled), **call)

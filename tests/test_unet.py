@@ -13,6 +13,7 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
 from ldm.cond import Cond
 from ldm.models.unet import LORA_TARGETS, UNet
+from tests.twins import assert_close, assert_same_gradients, assert_shared, gradients
 
 TEXT_DOWN, TEXT_UP, DOWN, UP = "CrossAttnDownBlock2D", "CrossAttnUpBlock2D", "DownBlock2D", "UpBlock2D"
 SMALL = {"norm_num_groups": 4, "cross_attention_dim": 24, "layers_per_block": 1}
@@ -118,35 +119,18 @@ def test_output_and_gradients_are_the_stock_classes(name, size, dtype, tolerance
     net = UNet.from_diffusers(model)
     batch, height, width, length = size
     x, time, cond = make_inputs(name, batch, height, width, length, dtype)
-    results: list[dict[str, Any]] = []
-    calls: list[Any] = [lambda x, c: net(x, time, c), lambda x, c: call_stock(model, x, time, c)]
-    for call in calls:
-        model.zero_grad()
-        leaf, tokens = x.clone().requires_grad_(), cond.tokens.clone().requires_grad_()
-        out = call(leaf, replace(cond, tokens=tokens))
-        (out * torch.linspace(-1, 1, out.numel(), dtype=dtype).view_as(out)).sum().backward()
-        results.append({"out": out.detach(), "x": leaf.grad, "tokens": tokens.grad})
-        results[-1] |= {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-    ours, stock = results
-    assert ours.keys() == stock.keys()
-    assert relative(ours.pop("out"), stock["out"]) < tolerance
-    # a gradient that nearly cancels (a bias in front of a norm) has few digits: the biggest one sets a floor
-    floor = 1e-4 * max(g.abs().max() for n, g in stock.items() if n != "out")
-    for key, gradient in ours.items():
-        scale = torch.maximum(stock[key].abs().max(), floor)
-        assert ((gradient - stock[key]).abs().max() / scale).item() < tolerance, key
+    leaves = {"x": x.requires_grad_(), "tokens": cond.tokens.requires_grad_()}
+    out, expected = net(x, time, cond), call_stock(model, x, time, cond)
+    assert_close(out, expected, tolerance)
+    assert_same_gradients(gradients(out, net, **leaves), gradients(expected, model, **leaves), tolerance)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_names_shapes_and_storage_go_both_ways(name):
     model = make_stock(name)
     net = UNet.from_diffusers(model)
-    back = net.to_diffusers()
+    back = assert_shared(model, net)
     assert list(net.state_dict()) == list(model.state_dict()) == list(back.state_dict())
-    ours, again = dict(net.named_parameters()), dict(back.named_parameters())
-    for key, p in model.named_parameters():
-        assert p.shape == ours[key].shape
-        assert p.data_ptr() == ours[key].data_ptr() == again[key].data_ptr()
     skip = {"_use_default_values", "_name_or_path"}
     plain = [json.loads(json.dumps({k: v for k, v in m.config.items() if k not in skip})) for m in (model, back)]
     assert plain[0] == plain[1]
@@ -195,39 +179,6 @@ def test_extra_channels_stand_beside_the_latents():
     assert relative(net(x, time, replace(cond, extra=extra)), expected) < 1e-5
     with pytest.raises(ValueError, match=r"4 channels with those of Cond\.extra; the UNet takes 9"):
         net(x, time, cond)
-
-
-@pytest.mark.parametrize("name", ["sd15", "sdxl"])
-def test_gradient_checkpointing_changes_nothing_but_what_is_kept(name):
-    net = UNet.from_diffusers(make_stock(name))
-    x, time, cond = make_inputs(name, 2, 8, 8, 5)
-    results, kept = [], []
-    for switch in (net.disable_gradient_checkpointing, net.enable_gradient_checkpointing):
-        switch()
-        net.zero_grad()
-        sizes: list[int] = []
-
-        def pack(t: torch.Tensor, sizes: list[int] = sizes) -> torch.Tensor:
-            sizes.append(t.numel())
-            return t
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-            out = net(x, time, cond)
-        kept.append(sum(sizes))
-        out.square().sum().backward()
-        results.append([out.detach(), *(p.grad.clone() for p in net.parameters() if p.grad is not None)])
-    assert len(results[0]) == 1 + len(list(net.parameters()))
-    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
-    assert kept[1] < kept[0] / 3
-
-
-def test_plain_attention_is_the_same_function():
-    net = UNet.from_diffusers(make_stock("sd21", torch.float64))
-    x, time, cond = make_inputs("sd21", 2, 8, 8, 5, torch.float64)
-    expected = net(x, time, cond)
-    net.set_attention_backend("plain")
-    assert all(m.backend == "plain" for m in net.modules() if hasattr(m, "backend"))
-    assert relative(net(x, time, cond), expected) < 1e-12
 
 
 def test_memory_format_does_not_change_the_output():

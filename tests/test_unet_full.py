@@ -15,7 +15,7 @@ from diffusers.pipelines.latent_consistency_models.pipeline_latent_consistency_t
 from torch.utils.flop_counter import FlopCounterMode
 
 from ldm.cond import Cond
-from ldm.models import transformer
+from ldm.models import linear
 from ldm.models.unet import UNet
 
 TEXT_DOWN, TEXT_UP, DOWN, UP = "CrossAttnDownBlock2D", "CrossAttnUpBlock2D", "DownBlock2D", "UpBlock2D"
@@ -263,8 +263,8 @@ def test_options_that_contradict_themselves_are_refused(change, message):
 @pytest.fixture
 def onednn(monkeypatch):
     """oneDNN's products at every size and on every processor."""
-    monkeypatch.setattr(transformer, "SMALL", 0)
-    monkeypatch.setattr(transformer, "_onednn_is_faster", lambda: True)
+    monkeypatch.setattr(linear, "SMALL", 0)
+    monkeypatch.setattr(linear, "_onednn_is_faster", lambda: True)
 
 
 @pytest.mark.parametrize("name", ["upscaler", "depth"])
@@ -291,7 +291,7 @@ def test_the_faster_products_are_the_same_network(onednn, name):
 @pytest.mark.parametrize("bias", [True, False])
 def test_linear_is_torchs_and_so_are_its_first_and_second_gradients(onednn, width_in, width, bias):
     torch.manual_seed(0)
-    layer = transformer.Linear(width_in, width, bias=bias)
+    layer = linear.Linear(width_in, width, bias=bias)
     x = torch.randn(2, 3, width_in, requires_grad=True)
     leaves = [x, *layer.parameters()]
     found = []
@@ -305,7 +305,7 @@ def test_linear_is_torchs_and_so_are_its_first_and_second_gradients(onednn, widt
 
 def test_linear_leaves_transforms_autocast_and_counters_to_torch(onednn):
     torch.manual_seed(0)
-    layer, x = transformer.Linear(6, 4), torch.randn(5, 6)
+    layer, x = linear.Linear(6, 4), torch.randn(5, 6)
     expected = F.linear(x, layer.weight, layer.bias)
     assert relative(torch.func.vmap(layer)(x), expected) < 1e-6
     tangent = torch.func.jvp(layer, (x,), (torch.ones_like(x),))[1]
@@ -321,7 +321,7 @@ def test_linear_leaves_transforms_autocast_and_counters_to_torch(onednn):
 @pytest.mark.parametrize(("batch", "width"), [(2, 200), (1, 100), (1, 6), (2, 6)])  # one product, or a convolution
 def test_a_small_map_is_convolved_as_by_torch(onednn, batch, width, stride):
     torch.manual_seed(0)
-    layer, x = transformer.Conv3x3(4, width, stride), torch.randn(batch, 4, 3, 4)
+    layer, x = linear.Conv3x3(4, width, stride), torch.randn(batch, 4, 3, 4)
     expected = F.conv2d(x, layer.weight, layer.bias, stride, 1)
     for out in (torch.no_grad()(layer)(x), layer(x)):
         assert out.shape == expected.shape and out.is_contiguous()
@@ -329,3 +329,60 @@ def test_a_small_map_is_convolved_as_by_torch(onednn, batch, width, stride):
     (gradient,) = torch.autograd.grad(layer(x).square().sum(), layer.weight)
     (same,) = torch.autograd.grad(expected.square().sum(), layer.weight)
     assert relative(gradient, same) < 1e-5
+
+
+def test_a_small_picture_is_convolved_as_by_torch_and_so_are_its_first_and_second_gradients(onednn):
+    torch.manual_seed(0)
+    layer = linear.Conv3x3(6, 10)
+    x = torch.randn(1, 6, 5, 4, requires_grad=True)
+    leaves = [x, *layer.parameters()]
+    assert "OneDNNConv" in type(layer(x).grad_fn).__name__
+    found = []
+    for f in (layer, lambda x: F.conv2d(x, layer.weight, layer.bias, padding=1)):
+        y = f(x)
+        plain = torch.autograd.grad(y.square().sum(), leaves, retain_graph=True)
+        first = torch.autograd.grad(y.square().sum(), leaves, create_graph=True)
+        second = torch.autograd.grad(torch.cat([g.flatten() for g in first]).square().sum(), leaves)
+        found.append([y, *plain, *first, *second])
+    assert all(relative(a, b) < 1e-5 for a, b in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_a_1x1_convolution_is_torchs_in_either_order_of_memory(onednn, memory_format):
+    torch.manual_seed(0)
+    layer = linear.Conv1x1(6, 10)
+    x = torch.randn(2, 6, 5, 4).contiguous(memory_format=memory_format).requires_grad_()
+    leaves, found = [x, *layer.parameters()], []
+    for f in (layer, lambda x: F.conv2d(x, layer.weight, layer.bias)):
+        y = f(x)
+        assert y.is_contiguous(memory_format=memory_format)
+        found.append([y, *torch.autograd.grad(y.square().sum(), leaves)])
+    assert all(a.shape == b.shape and relative(a, b) < 1e-5 for a, b in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("learned", [[], ["bias"], ["weight", "bias"]])
+def test_a_gelu_in_the_product_is_torchs_and_its_gradient_is_kept(onednn, learned):
+    torch.manual_seed(0)
+    layer, x = linear.Linear(6, 10).requires_grad_(False), torch.randn(2, 3, 6)
+    for name in learned:
+        layer.get_parameter(name).requires_grad_()
+    expected = F.gelu(F.linear(x, layer.weight, layer.bias), approximate="tanh")
+    y = linear.linear_gelu(layer, x)
+    assert relative(y, expected) < 1e-5 and relative(torch.no_grad()(linear.linear_gelu)(layer, x), expected) < 1e-5
+    for name in learned:
+        leaf = layer.get_parameter(name)
+        ours, theirs = (torch.autograd.grad(f.sum(), leaf, retain_graph=True)[0] for f in (y, expected))
+        assert relative(ours, theirs) < 1e-5
+    layer.register_forward_hook(lambda *_: torch.zeros(2, 3, 10))  # what is hung on the layer is heard
+    assert not torch.no_grad()(linear.linear_gelu)(layer, x).any()
+
+
+def test_without_torchs_private_state_products_are_torchs(monkeypatch):
+    linear._onednn_is_faster.cache_clear()
+    monkeypatch.delattr(torch._C, "_len_torch_dispatch_stack")
+    try:
+        assert not linear._onednn_is_faster()
+        layer, x = linear.Linear(256, 256), torch.randn(64, 256)
+        assert torch.equal(layer(x), F.linear(x, layer.weight, layer.bias))
+    finally:
+        linear._onednn_is_faster.cache_clear()

@@ -10,7 +10,6 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 log = logging.getLogger(__name__)
-SMALL = 128**2  # logits per head, below which two plain products train faster on a CPU than SDPA's backward pass
 FLASH_DIM = 256  # the widest head that the flash kernels on CUDA take
 HALF = (torch.float16, torch.bfloat16)
 
@@ -26,7 +25,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, *, ba
             256.4 in float16). Where every key of a row of the batch is hidden, its output and gradients are zero.
             It bears no gradient itself.
         backend:
-            ``auto``: SDPA, or ``plain`` when training on a CPU with few tokens; says once per case what it took.
+            ``auto``: ``sdpa``; says once per case which of its kernels that will be.
             ``sdpa``: torch's choice of kernel; with a bias on CUDA the memory-efficient one, since flash takes none.
             ``flash``: the flash kernel and nothing else: no bias; on CUDA float16 or bfloat16.
             ``xformers``: xFormers' ``memory_efficient_attention``, on CUDA.
@@ -41,11 +40,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, *, ba
         expected = (q.shape[0], k.shape[2])
         raise ValueError(f"attention bias: shape {tuple(bias.shape)}, expected {expected}: one number per row and key")
     if backend == "auto":
-        kind, biased = q.device.type, bias is not None
-        if kind == "cpu" and q.requires_grad and q.shape[2] * k.shape[2] <= SMALL:
-            backend = _auto(kind, q.dtype, biased, True)
-        else:
-            backend = _auto(kind, q.dtype, biased, False)
+        backend = _auto(q.device.type, q.dtype, bias is not None)
     if backend not in KERNELS:
         raise ValueError(_unknown(backend))
     return KERNELS[backend](q, k, v, bias)
@@ -80,21 +75,18 @@ _said: set[tuple] = set()
 
 
 @torch.compiler.assume_constant_result  # torch.compile calls it while tracing: the choice is logged there too
-def _auto(device: str, dtype: torch.dtype, biased: bool, few: bool) -> str:
+def _auto(device: str, dtype: torch.dtype, biased: bool) -> str:
     """What ``auto`` takes; logged the first time that this is asked."""
-    taken = "plain" if few else "sdpa"
-    if (device, dtype, biased, few) not in _said:
-        _said.add((device, dtype, biased, few))
+    if (device, dtype, biased) not in _said:
+        _said.add((device, dtype, biased))
         name = str(dtype).removeprefix("torch.")
         why = "torch's SDPA"
-        if few:
-            why = "plain products: training on a CPU with few tokens"
-        elif device == "cuda" and biased:
+        if device == "cuda" and biased:
             why = "SDPA's memory-efficient kernel: flash takes no bias (padded or folded text)"
         elif device == "cuda":
             why = "SDPA, with a flash kernel" if dtype in HALF else f"SDPA: the flash kernels take no {name}"
         log.info("attention on %s, %s, %s bias: auto takes %s", device, name, "with" if biased else "no", why)
-    return taken
+    return "sdpa"
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:

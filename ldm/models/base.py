@@ -1,13 +1,11 @@
-"""What all networks share: the way in from a stock diffusers class and the way back out."""
+"""What all networks share: the way in from a stock diffusers class and back out, memory, the attention switch."""
 
 from __future__ import annotations
 
 import difflib
-import inspect
-import json
+import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
@@ -16,11 +14,20 @@ import torch.utils.checkpoint
 from torch import Tensor, nn
 
 from .attention import check_backend
+from .loading import check_config, check_fit, check_folder, check_names, likely_model, quiet, share_weights
 
 if TYPE_CHECKING:
     from diffusers import ModelMixin
 
-_BLOCKS = re.compile(r"(.*\.)?((down_blocks|up_blocks|resnets|attentions|transformer_blocks)\.\d+|mid_block)")
+TWINS = {
+    "UNet2DConditionModel": "ldm.UNet",
+    "AutoencoderKL": "ldm.VAE",
+    "SD3Transformer2DModel": "ldm.MMDiT",
+    "PixArtTransformer2DModel": "ldm.DiT",
+}
+BLOCKS = re.compile(r"(.*\.)?((down_blocks|up_blocks|resnets|attentions|transformer_blocks)\.\d+|mid_block)")
+REACH = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+READ = ("dtype", "variant", "use_safetensors", "low_cpu_mem_usage", "disable_mmap")
 
 
 class Network(nn.Module):
@@ -65,88 +72,84 @@ class Network(nn.Module):
 
         Args:
             source: a stock model, a folder that holds one (in one file or in shards), or a hub name.
-            kw: what ``from_pretrained`` takes: ``subfolder``, ``variant`` (``"fp16"``), ``dtype`` (float32 if not
-                given, whatever the file holds) … Only safetensors are read, unless ``use_safetensors=False`` asks for
-                a pickle.
+            kw: for a folder or a hub name, as ``from_pretrained`` has them: ``subfolder``, ``variant`` (``"fp16"``),
+                ``dtype`` (float32 if not given, whatever the file holds), ``revision``, ``cache_dir``, ``token``,
+                ``local_files_only`` … Only safetensors are read, unless ``use_safetensors=False`` asks for a pickle.
         Raises:
             ValueError: another model, a config with an unknown field or an option that ours does not have, or weights
                 that do not fit: too few, too many, other shapes.
-            OSError: no such folder, no config or weights in it, or none of this variant.
+            OSError: no such folder, no config or weights in it, or none of this variant; a hub that is out of reach.
         """
+        name, stock = cls.__name__, cls.stock
         if isinstance(source, str | Path):
-            net, model = cls._open(source, kw)
+            net, model = cls._open(os.path.expanduser(source), kw)
         elif isinstance(source, cls.stock_class()):
-            net, model = cls._twin(dict(source.config)), source
+            if kw:
+                raise ValueError(f"{name}.from_diffusers: {', '.join(kw)} is for folders and hub names, not for models")
+            net, model = cls._twin(source.config), source
         else:
             likely = likely_model(source) if isinstance(source, Mapping) else None
             hint = f" (its keys look like {likely}; build the network and call load_state_dict)" if likely else ""
-            kind = type(source).__name__
-            raise ValueError(f"{cls.__name__} takes a {cls.stock}, a folder or a hub name, not a {kind}{hint}")
-        net._take(model, f"{cls.__name__} from {source if isinstance(source, str | Path) else cls.stock}")
+            raise ValueError(f"{name} takes a {stock}, a folder or a hub name, not a {type(source).__name__}{hint}")
+        share_weights(net, _tensors(model), f"{name} from {source if isinstance(source, str | Path) else stock}")
         return net.train(model.training)
 
     @classmethod
     def _twin(cls, config: Mapping[str, Any]) -> Self:
         """Our network on the meta device for a stock config, or a ValueError: nothing large has been read yet."""
-        fields = {n: p.default for n, p in inspect.signature(cls.stock_class().__init__).parameters.items()}
-        ours = set(inspect.signature(cls.__init__).parameters) - {"self"}
-        given = {k: v for k, v in config.items() if not k.startswith("_")}
-        for name, value in given.items():
-            if name not in fields:
-                if value in (None, False):  # old configs keep fields that stock has dropped; off, they do no harm
-                    continue
-                near = difflib.get_close_matches(name, fields, n=1)
-                hint = f"; did you mean {near[0]}?" if near else ""
-                raise ValueError(f"config field {name}={value!r} is unknown to {cls.stock}{hint}")
-            expected = cls.fixed.get(name, fields[name])
-            if name not in ours and _plain(value) != _plain(expected):
-                raise ValueError(
-                    f"{cls.stock} with {name}={value!r} is not supported by {cls.__name__} ({expected!r} is)"
-                )
         with torch.device("meta"):
-            return cls(**{name: given.get(name, fields[name]) for name in ours})
+            return cls(**check_config(cls, config))
 
     @classmethod
     def _open(cls, source: str | Path, kw: dict[str, Any]) -> tuple[Self, ModelMixin]:
         """``from_pretrained``, which only warns of unknown fields, and of missing or left-over weights; we refuse."""
         stock: Any = cls.stock_class()
         kw = {"use_safetensors": True, **kw}
+        for name in kw.keys() - {*READ, *REACH}:
+            near = difflib.get_close_matches(name, READ + REACH, n=1)
+            raise ValueError(f"unknown argument {name}: expected {near[0] if near else ', '.join(READ + REACH)}")
         if not isinstance(dtype := kw.get("dtype", torch.float32), torch.dtype):  # stock takes a name for float32
             raise ValueError(f"dtype={dtype!r}: expected one of torch's, as torch.float16")
-        _check_folder(cls, Path(source), kw)
-        reach = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
-        config: dict[str, Any] = stock.load_config(str(source), **{k: v for k, v in kw.items() if k in reach})
+        root = Path(source)
+        check_folder(root, cls.stock, kw.get("subfolder"), kw.get("variant"), bool(kw["use_safetensors"]))
+        try:
+            config: Any = stock.load_config(str(source), **{k: v for k, v in kw.items() if k in REACH})
+        except OSError as error:
+            what = (
+                "the config does not open" if root.is_dir() else "no such folder, and not opened as a name on the hub"
+            )
+            raise OSError(f"{source}: {what}: {_reason(error)}") from error
+        if not isinstance(config, dict):
+            raise ValueError(f"{source}: config.json holds a {type(config).__name__}; expected a JSON object")
         name = config.get("_class_name", cls.stock)
         if name == "Transformer2DModel" and config.get("norm_type") == "ada_norm_single":
             name = "PixArtTransformer2DModel"  # what its first checkpoints call it
         if name != cls.stock:
-            ours = f": {twin} takes it" if (twin := OURS.get(name)) else ""
+            ours = f": {twin} takes it" if (twin := TWINS.get(name)) else ""
             raise ValueError(f"{source}: the config is one of {name}, {cls.__name__} takes {cls.stock}{ours}")
         try:
             net = cls._twin(config)
-            with _quiet():
+            with quiet():
                 model, found = stock.from_pretrained(str(source), output_loading_info=True, **kw)
         except ValueError as error:
             raise ValueError(f"{source}: {str(error).partition('. If you want')[0]}") from error
+        except OSError as error:
+            raise OSError(f"{source}: the weights do not open; fetch them anew. {_reason(error)}") from error
         missing, left_over = found["missing_keys"], found["unexpected_keys"]
-        _refuse(f"{source}: weights of {cls.stock}", list(model.state_dict()), missing, left_over, cls.stock)
+        check_names(f"{source}: weights of {cls.stock}", list(model.state_dict()), missing, left_over, cls.stock)
         return net, model
-
-    def _take(self, model: nn.Module, what: str) -> None:
-        _assign(self, dict(model.named_parameters()) | dict(model.named_buffers()), what)
 
     def to_diffusers(self) -> ModelMixin:
         """The stock twin around this network's weights (shared, not copied)."""
         with torch.device("meta"):
             model: Any = self.stock_class()(**self.stock_config())
-        state = dict(self.named_parameters()) | dict(self.named_buffers())
-        _assign(model, state, f"{self.stock} from {type(self).__name__}")
+        share_weights(model, _tensors(self), f"{self.stock} from {type(self).__name__}")
         return model.train(self.training)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """torch's, but weights of another model are refused by name (ValueError) before any is copied."""
         if strict:
-            _check_fit(self.state_dict(), state_dict, type(self).__name__, self.stock)
+            check_fit(self.state_dict(), state_dict, type(self).__name__, self.stock)
         return super().load_state_dict(state_dict, strict, assign)
 
     # --- memory ------------------------------------------------------------------------------------------------------
@@ -157,7 +160,7 @@ class Network(nn.Module):
         found: dict[str, nn.Module] = {}
         for name, module in self.named_modules():
             has_forward = type(module).forward is not nn.Module.forward
-            if has_forward and _BLOCKS.fullmatch(name) and not any(name.startswith(f"{outer}.") for outer in found):
+            if has_forward and BLOCKS.fullmatch(name) and not any(name.startswith(f"{outer}.") for outer in found):
                 found[name] = module
         return list(found.values())
 
@@ -166,6 +169,8 @@ class Network(nn.Module):
 
         Args:
             fraction: share of the blocks that are recomputed, spread evenly over the depth; at least one is.
+        Raises:
+            ValueError: no number above 0 and at most 1.
         """
         if not isinstance(fraction, int | float) or not 0 < fraction <= 1:
             raise ValueError(f"gradient checkpointing of {fraction!r} of the blocks: expected above 0 and at most 1")
@@ -186,6 +191,12 @@ class Network(nn.Module):
 
     # --- attention ---------------------------------------------------------------------------------------------------
 
+    def check_attention_backend(self, name: str) -> None:
+        """Raises what ``set_attention_backend`` would, and changes nothing."""
+        check_backend(name)
+        for width in sorted({layer.to_q.out_features // getattr(layer, "heads", 1) for layer in self._attentions()}):
+            check_backend(name, width)
+
     def set_attention_backend(self, name: str) -> None:
         """Choose the attention kernel of every layer: ``auto``, ``xformers``, ``flash``, ``sdpa`` or ``plain``.
 
@@ -193,12 +204,12 @@ class Network(nn.Module):
             ValueError: unknown, or it does not take the heads of a layer. Nothing has changed then.
             RuntimeError: it cannot run on this machine, and why.
         """
-        layers: list[Any] = [module for module in self.modules() if hasattr(module, "backend")]
-        check_backend(name)
-        for width in sorted({layer.to_q.out_features // getattr(layer, "heads", 1) for layer in layers}):
-            check_backend(name, width)
-        for layer in layers:
+        self.check_attention_backend(name)
+        for layer in self._attentions():
             layer.backend = name
+
+    def _attentions(self) -> list[Any]:
+        return [module for module in self.modules() if hasattr(module, "backend")]
 
     def enable_xformers_memory_efficient_attention(self, attention_op: Callable | None = None) -> None:
         if attention_op is not None:
@@ -209,113 +220,14 @@ class Network(nn.Module):
         self.set_attention_backend("auto")
 
 
-OURS = {
-    "UNet2DConditionModel": "ldm.UNet",
-    "AutoencoderKL": "ldm.VAE",
-    "SD3Transformer2DModel": "ldm.MMDiT",
-    "PixArtTransformer2DModel": "ldm.DiT",
-}
-
-# (what is found in one of the keys, whose it is), from the most telling to the least
-TELL_TALES = (
-    (r"lora_|\.lora\.|\.lokr_|\.hada_", "a LoRA, to be loaded on top of a model"),
-    (r"^model\.diffusion_model\.", "a single-file checkpoint: `ldm convert` makes a folder of it"),
-    (r"^(first_stage_model|cond_stage_model|conditioner)\.", "a single-file checkpoint: `ldm convert` makes a folder"),
-    (r"^(input_blocks|middle_block|joint_blocks|double_blocks)\.", "the original authors' layout, not diffusers'"),
-    (r"^(en|de)coder\.(down|up|mid)\.", "the original authors' autoencoder, not diffusers'"),
-    (r"^(module|_orig_mod|base_model\.model)\.", "a model saved inside a wrapper (DDP, torch.compile, PEFT)"),
-    (r"^controlnet_", "ControlNetModel"),
-    (r"^single_transformer_blocks\.", "FluxTransformer2DModel"),
-    (r"^adaln_single\.", "PixArtTransformer2DModel"),
-    (r"\.attn\.add_q_proj\.", "SD3Transformer2DModel"),
-    (r"^(text_model\.|vision_model\.|embeddings\.token_embedding)", "a CLIP model (CLIPTextModel)"),
-    (r"\.SelfAttention\.q\.|^shared\.weight$", "T5EncoderModel"),
-    (r"^quantize\.", "VQModel"),
-    (r"\.time_emb_proj\.", "UNet2DConditionModel"),
-    (r"^(en|de)coder\.(conv_in|mid_block)\.", "AutoencoderKL"),
-)  # fmt: skip
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    """All that the model holds: what it saves, and the buffers that it makes anew each time."""
+    return dict(model.named_parameters()) | dict(model.named_buffers())
 
 
-def likely_model(keys: Iterable[str]) -> str | None:
-    """Whose weights bear these names, as far as we know them."""
-    keys = [key for key in keys if isinstance(key, str)]
-    return next((name for sign, name in TELL_TALES if any(re.search(sign, key) for key in keys)), None)
-
-
-def _refuse(what: str, wanted: list[str], missing: Iterable[str], left_over: Iterable[str], stock: str) -> None:
-    """ValueError where something is missing or left over: the first of them, and whose weights these may be."""
-    lacking, extra = set(missing), list(left_over)
-    if not lacking and not extra:
-        return
-    first = [key for key in wanted if key in lacking]
-    parts = [f"{len(first)} of {len(wanted)} missing, the first {', '.join(first[:3])}"] if first else []
-    parts += [f"{len(extra)} left over, the first {', '.join(extra[:3])}"] if extra else []
-    likely = likely_model([*(key for key in wanted if key not in lacking), *extra])
-    hint = f"another config of {stock}" if likely == stock else likely
-    raise ValueError(f"{what} do not fit: {'; '.join(parts)}" + (f". They look like {hint}" if hint else ""))
-
-
-def _check_fit(own: Mapping[str, Tensor], state: Mapping[str, Any], what: str, stock: str) -> None:
-    missing, left_over = [key for key in own if key not in state], [key for key in state if key not in own]
-    _refuse(f"weights of {what}", list(own), missing, left_over, stock)
-    bad = [f"{k}: {tuple(state[k].shape)} for {tuple(v.shape)}" for k, v in own.items() if state[k].shape != v.shape]
-    if bad:
-        raise ValueError(f"weights of {what}: shapes differ, in {len(bad)} of {len(own)}; {'; '.join(bad[:3])}")
-
-
-def _check_folder(cls: type[Network], root: Path, kw: dict[str, Any]) -> None:
-    """OSError that says what a folder lacks; a hub name passes."""
-    variant, subfolder = kw.get("variant"), kw.get("subfolder") or ""
-    folder = root / subfolder
-    if not root.is_dir():
-        if root.is_file():
-            raise NotADirectoryError(f"{root} is a file; expected a folder (`ldm convert` makes one of a single file)")
-        if root.is_absolute() or len(root.parts) != 2 or root.parts[0] in (".", "..", "~"):  # no "owner/name"
-            raise FileNotFoundError(f"{root}: no such folder; expected one that holds {cls.stock}, or a hub name")
-        return
-    if not (folder / "config.json").is_file():
-        hint = ""
-        if (index := root / "model_index.json").is_file():
-            parts: dict[str, Any] = json.loads(index.read_text())
-            fit = [k for k, v in parts.items() if isinstance(v, list) and v[1] == cls.stock]
-            hint = f"; it is a whole pipeline, whose {cls.stock} is in subfolder={fit[0]!r}" if fit else ""
-        raise FileNotFoundError(f"{folder}: no config.json of a {cls.stock} in it{hint}")
-    stem = "diffusion_pytorch_model"
-    files = sorted(p.name for p in folder.glob(f"{stem}*") if p.suffix != ".json")
-    middle = f".{variant}" if variant else ""
-    kind = "safetensors" if kw["use_safetensors"] else "bin"
-    if not any(re.fullmatch(rf"{stem}{re.escape(middle)}(-\d+-of-\d+)?\.{kind}", name) for name in files):
-        variants = {m[1] for name in files if (m := re.match(rf"{stem}\.(\w+)(-\d+-of-\d+)?\.{kind}$", name))}
-        hint = f"; there is variant={sorted(variants)[0]!r}" if variants else ""
-        if not hint and kw["use_safetensors"] and any(name.endswith(".bin") for name in files):
-            hint = "; use_safetensors=False reads the pickle"
-        raise FileNotFoundError(f"{folder}: no {stem}{middle}.{kind} in it, but {', '.join(files[:3]) or 'none'}{hint}")
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the names of all weights that stock did not find: the first of them will be in an error."""
-    from diffusers.utils import logging
-
-    before = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(before)
-
-
-def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
-
-
-def _assign(model: nn.Module, state: dict[str, Tensor], what: str) -> None:
-    """Load strictly and by reference: the parameters of ``state`` become those of ``model``."""
-    own = model.state_dict()
-    unsaved = {name for name, _ in model.named_buffers()} - set(own)
-    state = {k: v for k, v in state.items() if k not in unsaved}
-    _check_fit(own, state, what, getattr(model, "stock", type(model).__name__))
-    nn.Module.load_state_dict(model, state, strict=True, assign=True)
-    still_meta = [n for n, t in [*model.named_parameters(), *model.named_buffers()] if t.is_meta]
-    if still_meta:
-        raise ValueError(f"{what}: {still_meta[:3]} would stay without a value")
+def _reason(error: BaseException) -> str:
+    """What stock says, and what that came from, which it leaves to the stack trace."""
+    said, root = " ".join(str(error).split()), error
+    while cause := root.__cause__ or root.__context__:
+        root = cause
+    return said if root is error else f"{said} ({root})"

@@ -1,4 +1,4 @@
-"""Products and 3 x 3 convolutions by the faster of the libraries that torch brings along."""
+"""Products and convolutions by the faster of the libraries that torch brings along."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-SMALL = 2**21  # multiplications below which a call of oneDNN costs more than it saves
+SMALL = 2**21  # multiplications below which a call of oneDNN costs more than it saves; twice that with a backward pass
+TORCHS_OWN = 20480  # numbers in a single picture up to which torch convolves it without oneDNN
+COPY = 2**18  # weights that may be copied where no backward pass needs more memory anyway
 
 
 class Linear(nn.Linear):
@@ -20,10 +22,20 @@ class Linear(nn.Linear):
     """
 
     def forward(self, x: Tensor) -> Tensor:  # (..., in_features) -> (..., out_features)
-        if not _by_onednn(x, self.weight):
-            return F.linear(x, self.weight, self.bias)
-        y = _OneDNNLinear.apply(x.reshape(-1, self.in_features), self.weight, self.bias)
-        return y.view(*x.shape[:-1], -1)
+        return linear(x, self.weight, self.bias)
+
+
+class Conv1x1(nn.Conv2d):
+    """``nn.Conv2d`` of 1 x 1: a ``Linear`` over the pixels where their channels stand together (channels last)."""
+
+    def __init__(self, width_in: int, width: int):
+        super().__init__(width_in, width, 1)
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, C, H, W) -> (B, C', H, W)
+        pixels = x.permute(0, 2, 3, 1)  # (B, H, W, C)
+        if not pixels.is_contiguous():
+            return super().forward(x)
+        return linear(pixels, self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
 
 
 class Conv3x3(nn.Conv2d):
@@ -31,25 +43,59 @@ class Conv3x3(nn.Conv2d):
 
     A convolution reorders its weights at every call: three quarters of the time for 1280 channels of 8 x 8 pixels.
     One product does without; its patches are kept by nobody, so only where no gradient is needed. And for a single
-    small picture torch would leave oneDNN for its own convolution, which is slower.
+    small picture torch would leave oneDNN for its own convolution, which is slower; but oneDNN's copy of the weights
+    must not be what sets the peak of memory.
     """
 
     def __init__(self, width_in: int, width: int, stride: int = 1):
         super().__init__(width_in, width, 3, stride, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:  # (B, C, H, W) -> (B, C', H', W')
-        if not _by_onednn(x, self.weight):
+        recorded = is_recorded(x, self.weight, self.bias)
+        if not _by_onednn(x, self.weight, recorded):
             return super().forward(x)
         (b, _, *size), stride = x.shape, self.stride[0]
         h, w = (math.ceil(n / stride) for n in size)
-        recorded = torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad)
         if self.bias is not None and not recorded and 8 * b * h * w <= self.out_channels:
             patches = F.unfold(x, 3, padding=1, stride=stride).transpose(0, 1).flatten(1)  # (9C, B H' W')
             y = _product(self.weight.flatten(1), patches.t()).view(-1, b, h, w).transpose(0, 1)
             return y.add_(self.bias[:, None, None]).contiguous()
-        if b > 1:
+        if b > 1 or stride > 1 or x.numel() > TORCHS_OWN or self.out_channels > 2 * h * w:
             return super().forward(x)
-        return torch.mkldnn_convolution(x, self.weight, self.bias, (1, 1), self.stride, (1, 1), 1)
+        if recorded:
+            return _OneDNNConv.apply(x, self.weight, self.bias)  # type: ignore[no-any-return]
+        if self.weight.numel() > COPY:
+            return super().forward(x)
+        return torch.mkldnn_convolution(x, self.weight, self.bias, (1, 1), (1, 1), (1, 1), 1)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # (..., K), (N, K), (N,) -> (..., N)
+    """``F.linear``, by oneDNN where that is the faster library."""
+    recorded = is_recorded(x, weight, bias)
+    if not _by_onednn(x, weight, recorded):
+        return F.linear(x, weight, bias)
+    product = _OneDNNLinear.apply if recorded else _product
+    return product(x.reshape(-1, x.shape[-1]), weight, bias).view(*x.shape[:-1], len(weight))
+
+
+def linear_gelu(layer: nn.Module, x: Tensor) -> Tensor:  # (..., K) -> (..., N)
+    """gelu(layer(x)), the GELU in its tanh form (Hendrycks & Gimpel 2016).
+
+    Where no gradient is needed it is in the layer's own product (a plain ``Linear``), or in place.
+    """
+    alone = type(layer) is Linear and not layer._forward_hooks and not layer._forward_pre_hooks  # no LoRA around it
+    if (
+        alone
+        and isinstance(layer, Linear)
+        and not is_recorded(x, layer.weight, layer.bias)
+        and _by_onednn(x, layer.weight, False)
+    ):
+        y = _product(x.reshape(-1, x.shape[-1]), layer.weight, layer.bias, gelu=True)
+        return y.view(*x.shape[:-1], layer.out_features)
+    y = layer(x)
+    if torch.is_grad_enabled() and y.requires_grad:
+        return F.gelu(y, approximate="tanh")
+    return torch.ops.aten.gelu_(y, approximate="tanh")  # the widest tensor of all: not two of them
 
 
 class _OneDNNLinear(torch.autograd.Function):
@@ -63,27 +109,52 @@ class _OneDNNLinear(torch.autograd.Function):
         (grad,), (x, weight) = grads, ctx.saved_tensors
         to_x, to_weight, to_bias = ctx.needs_input_grad
         product = _differentiable if torch.is_grad_enabled() else _product
-        d_x = product(grad, weight.t()) if to_x else None
-        d_weight = None
-        if to_weight:  # (N, K): the wider of the two sides is the faster one to run over
-            wide = grad.shape[1] > x.shape[1]
-            d_weight = product(x.t(), grad.t()).t() if wide else product(grad.t(), x.t())
-        return d_x, d_weight, grad.sum(0) if to_bias else None
+        # The weight's gradient comes out row by row, as the weight is stored: anything else would be copied.
+        return (
+            product(grad, weight.t()) if to_x else None,  # (M, K)
+            product(grad.t(), x.t()) if to_weight else None,  # (N, K)
+            grad.sum(0) if to_bias else None,  # (N,)
+        )
 
 
-def _product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:  # (M, K), (N, K) -> a bᵀ + bias
-    return torch.ops.mkldnn._linear_pointwise(a, b, bias, "none", [], "")
+class _OneDNNConv(torch.autograd.Function):
+    """3 x 3, stride 1, of a single picture."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return torch.mkldnn_convolution(x, weight, bias, (1, 1), (1, 1), (1, 1), 1)
+
+    @staticmethod
+    def backward(ctx, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,), (x, weight), needed = grads, ctx.saved_tensors, list(ctx.needs_input_grad)
+        if not torch.is_grad_enabled():  # a gradient that will itself be differentiated is torch's own
+            x = x.to_mkldnn()  # torch chooses the library by it
+        one, biases = [1, 1], [len(weight)] if needed[2] else None
+        args = (grad, x, weight, biases, one, one, one, False, [0, 0], 1, needed)
+        return torch.ops.aten.convolution_backward(*args)  # type: ignore[no-any-return]
+
+
+def _product(a: Tensor, b: Tensor, bias: Tensor | None = None, gelu: bool = False) -> Tensor:
+    """(M, K), (N, K), (N,) -> a bᵀ + bias, or its GELU."""
+    return torch.ops.mkldnn._linear_pointwise(a, b, bias, "gelu" if gelu else "none", [], "tanh" if gelu else "")
 
 
 def _differentiable(a: Tensor, b: Tensor) -> Tensor:  # for a gradient that will itself be differentiated
     return a @ b.t()
 
 
-def _by_onednn(x: Tensor, weight: Tensor) -> bool:
+def is_recorded(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether autograd will want to know of an operation on these."""
+    needed = x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
+    return needed and torch.is_grad_enabled()
+
+
+def _by_onednn(x: Tensor, weight: Tensor, recorded: bool) -> bool:
     return (
         x.device.type == "cpu"
         and x.dtype == weight.dtype == torch.float32
-        and x.numel() * weight.numel() >= SMALL * weight.shape[1]
+        and x.numel() * weight.numel() >= (SMALL << recorded) * weight.shape[1]
         and _onednn_is_faster()
         and not torch.is_autocast_enabled("cpu")
         and not torch.compiler.is_compiling()
@@ -95,6 +166,13 @@ def _by_onednn(x: Tensor, weight: Tensor) -> bool:
 
 @cache
 def _onednn_is_faster() -> bool:
-    known = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    known = (
+        torch.backends.mkldnn.is_available()
+        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+        and hasattr(torch.cpu, "get_capabilities")
+        and hasattr(torch._C, "_are_functorch_transforms_active")  # no promise of torch's: without them, F.linear
+        and hasattr(torch._C, "_len_torch_dispatch_stack")
+        and hasattr(torch.autograd.forward_ad, "_current_level")
+    )
     cpu = torch.cpu.get_capabilities() if known else {}
     return bool(cpu.get("avx512_f")) and "Intel" not in cpu.get("cpu_name", "Intel")

@@ -9,13 +9,22 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..cond import Cond
-from .attention import attention
+from .adaln import (
+    TIME_WIDTH,
+    Attention,
+    FeedForward,
+    RMSNorm,
+    check_inputs,
+    checked_width,
+    init_weights,
+    modulate,
+    unpatchify,
+)
 from .base import Network
 from .embeddings import PatchEmbed, TimestepMLP, timestep_embedding
 from .linear import Linear
 
 LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
-TIME_WIDTH = 256  # sinusoids that the time is turned into
 
 
 class MMDiT(Network):
@@ -34,7 +43,8 @@ class MMDiT(Network):
         dual_attention_layers: blocks in which the image also attends to itself alone (SD 3.5 medium: 0 to 12).
         qk_norm: None, or ``rms_norm`` on queries and keys (SD 3.5).
     Raises:
-        ValueError: widths that do not fit together, an unknown ``qk_norm``, no ``pos_embed_max_size``, a size below 1.
+        ValueError: widths that do not fit together, an unknown ``qk_norm``, no ``pos_embed_max_size``, a size that is
+            not above 0.
     """
 
     stock = "SD3Transformer2DModel"
@@ -70,27 +80,17 @@ class MMDiT(Network):
             dual_attention_layers=tuple(dual_attention_layers),
             qk_norm=qk_norm,
         )
-        counts = {k: v for k, v in self.config.items() if isinstance(v, int) and v < 1}
-        if counts:
-            raise ValueError(f"MMDiT with {', '.join(f'{k}={v}' for k, v in counts.items())}: expected at least 1")
-        if sample_size < patch_size:
-            raise ValueError(f"sample_size={sample_size} holds no patch of patch_size={patch_size}")
-        heads, width = num_attention_heads, num_attention_heads * attention_head_dim
-        if caption_projection_dim != width:
-            raise ValueError(
-                f"caption_projection_dim={caption_projection_dim}: expected the network's width, {heads} heads × "
-                f"{attention_head_dim} = {width}"
-            )
-        if qk_norm not in (None, "rms_norm"):
-            raise ValueError(f"qk_norm={qk_norm!r}: expected None or 'rms_norm'")
         if pos_embed_max_size is None:  # in stock: sinusoids made for each size, which no SD 3 has
             raise ValueError("pos_embed_max_size=None: expected the largest side in patches")
+        heads, width = num_attention_heads, checked_width(self, "caption_projection_dim")
+        if qk_norm not in (None, "rms_norm"):
+            raise ValueError(f"qk_norm={qk_norm!r}: expected None or 'rms_norm'")
         beyond = [i for i in dual_attention_layers if not 0 <= i < num_layers]
         if beyond:
             raise ValueError(f"dual_attention_layers holds {beyond}: blocks are numbered from 0 to {num_layers - 1}")
         self.patch_size = patch_size
         self.out_channels = in_channels if out_channels is None else out_channels
-        self.pos_embed = PatchEmbed(in_channels, width, patch_size, sample_size, pos_embed_max_size)
+        self.pos_embed = PatchEmbed(in_channels, width, patch_size, sample_size, max_size=pos_embed_max_size)
         self.time_text_embed = TimeTextEmbed(width, pooled_projection_dim)
         self.context_embedder = Linear(joint_attention_dim, width)
         self.transformer_blocks = nn.ModuleList(
@@ -112,11 +112,11 @@ class MMDiT(Network):
         Returns:
             (B, out_channels, H, W).
         Raises:
-            ValueError: a size that does not fit, other channels, no pooled vector, text of another width or batch.
+            ValueError: a size that does not fit, other channels, a time, text or pooled vector of another shape.
         """
-        self._check(x, cond)
+        check_inputs(self, x, time, cond, tokens="joint_attention_dim", pooled="pooled_projection_dim")
         assert cond.pooled is not None
-        p, (height, width) = self.patch_size, x.shape[-2:]
+        height, width = x.shape[-2:]
         x = self.pos_embed(x)  # (B, N, D)
         text = self.context_embedder(cond.tokens)  # (B, L, D)
         c = F.silu(self.time_text_embed(time, cond.pooled))  # (B, D)
@@ -125,42 +125,14 @@ class MMDiT(Network):
             x, text = self.run_block(block, x, text, c, bias)
         scale, shift = self.norm_out(c)
         x = self.proj_out(modulate(x, shift, scale))  # (B, N, p · p · C)
-        x = x.view(-1, height // p, width // p, p, p, self.out_channels)
-        return x.permute(0, 5, 1, 3, 2, 4).reshape(-1, self.out_channels, height, width)
-
-    def _check(self, x: Tensor, cond: Cond) -> None:
-        if x.ndim != 4 or x.shape[1] != self.config["in_channels"]:
-            raise ValueError(f"MMDiT: x is {tuple(x.shape)}; expected (B, {self.config['in_channels']}, H, W)")
-        if cond.extra is not None:
-            raise ValueError("MMDiT: cond.extra is given; this network takes no channels beside the latents")
-        if cond.pooled is None:
-            raise ValueError("MMDiT: cond.pooled is missing; expected (B, pooled_projection_dim)")
-        for name, value, field in (
-            ("tokens", cond.tokens, "joint_attention_dim"),
-            ("pooled", cond.pooled, "pooled_projection_dim"),
-        ):
-            if value.shape[-1] != self.config[field]:
-                raise ValueError(f"MMDiT: cond.{name} is {value.shape[-1]} wide; expected {field}={self.config[field]}")
-            if len(value) != len(x):
-                raise ValueError(f"MMDiT: cond.{name} is for {len(value)} pictures; x holds {len(x)}")
-        if cond.bias is not None and cond.bias.shape != cond.tokens.shape[:2]:
-            raise ValueError(
-                f"MMDiT: cond.bias is {tuple(cond.bias.shape)}; expected one per token, {tuple(cond.tokens.shape[:2])}"
-            )
+        return unpatchify(x, height, width, self.patch_size)
 
     def _init_weights(self) -> None:
         """DiT's adaLN-zero (Peebles & Xie 2023, §3.2): every block starts as the identity, the output as zero."""
-        for module in self.modules():
-            if isinstance(module, nn.Linear | nn.Conv2d):
-                nn.init.xavier_uniform_(module.weight.flatten(1))  # a view: a patch is projected as by a linear layer
-                nn.init.zeros_(module.bias)  # type: ignore[arg-type]
-        for module in self.time_text_embed.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.normal_(module.weight, std=0.02)
+        init_weights(self)
         for module in self.modules():
             if isinstance(module, Modulation):
                 nn.init.zeros_(module.linear.weight)
-        nn.init.zeros_(self.proj_out.weight)
 
 
 class TimeTextEmbed(nn.Module):
@@ -188,11 +160,6 @@ class Modulation(nn.Module):
         return self.linear(c)[:, None].chunk(self.n, dim=-1)
 
 
-def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """A normalised copy of x (B, N, D), scaled by 1 + scale and shifted."""
-    return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=1e-6), 1 + scale)
-
-
 class JointBlock(nn.Module):
     """One layer: text and image attend to both, each with its own weights (Esser et al. 2024, fig. 2b).
 
@@ -205,7 +172,7 @@ class JointBlock(nn.Module):
         self.norm1 = Modulation(width, 9 if dual else 6)
         self.norm1_context = Modulation(width, 2 if last else 6)
         self.attn = JointAttention(width, heads, qk_norm, last=last)
-        self.attn2 = SelfAttention(width, heads, qk_norm) if dual else None
+        self.attn2 = Attention(width, heads, qk_norm) if dual else None
         self.ff = FeedForward(width)
         self.ff_context = None if last else FeedForward(width)
 
@@ -231,33 +198,7 @@ class JointBlock(nn.Module):
         return x, torch.addcmul(text, gate_ff_t, self.ff_context(modulate(text, shift_ff_t, scale_ff_t)))
 
 
-class SelfAttention(nn.Module):
-    """Multi-head attention of the image to itself."""
-
-    def __init__(self, width: int, heads: int, qk_norm: bool):
-        super().__init__()
-        self.heads = heads
-        self.backend = "auto"
-        self.to_q = Linear(width, width)
-        self.to_k = Linear(width, width)
-        self.to_v = Linear(width, width)
-        self.to_out = nn.Sequential(Linear(width, width))
-        self.norm_q = RMSNorm(width // heads) if qk_norm else nn.Identity()
-        self.norm_k = RMSNorm(width // heads) if qk_norm else nn.Identity()
-
-    def forward(self, x: Tensor) -> Tensor:  # (B, N, D)
-        q, k, v = self.norm_q(self.split(self.to_q(x))), self.norm_k(self.split(self.to_k(x))), self.split(self.to_v(x))
-        return self.to_out(self.attend(q, k, v, None))
-
-    def split(self, x: Tensor) -> Tensor:  # (B, N, D) -> (B, N, H, d)
-        return x.unflatten(-1, (self.heads, -1))
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:  # (B, N, H, d) -> (B, N, D)
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        return attention(q, k, v, bias, backend=self.backend).transpose(1, 2).flatten(2)
-
-
-class JointAttention(SelfAttention):
+class JointAttention(Attention):
     """Multi-head attention of image and text to both, each projected by weights of its own."""
 
     def __init__(self, width: int, heads: int, qk_norm: bool, *, last: bool):
@@ -282,40 +223,3 @@ class JointAttention(SelfAttention):
         del q_t, k_t
         y, y_t = self.attend(q, k, v, bias).split([x.shape[1], asking.shape[1]], dim=1)
         return self.to_out(y), None if self.to_add_out is None else self.to_add_out(y_t)
-
-
-class RMSNorm(nn.Module):
-    """x / rms(x), scaled (Zhang & Sennrich 2019); the mean square is taken in float32, as in diffusers' class."""
-
-    def __init__(self, width: int):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = x * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + 1e-6)
-        return (y.to(self.weight.dtype) * self.weight).to(x.dtype)
-
-
-class FeedForward(nn.Module):
-    """Two layers, four times as wide in between; names are those of diffusers' ``FeedForward``."""
-
-    def __init__(self, width: int):
-        super().__init__()
-        self.net = nn.Sequential(GELU(width, 4 * width), nn.Identity(), Linear(4 * width, width))
-
-    def forward(self, x: Tensor) -> Tensor:  # (B, N, D)
-        return self.net(x)
-
-
-class GELU(nn.Module):
-    """A linear layer and GELU in its tanh form (Hendrycks & Gimpel 2016)."""
-
-    def __init__(self, width_in: int, width: int):
-        super().__init__()
-        self.proj = Linear(width_in, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.proj(x)
-        if torch.is_grad_enabled() and x.requires_grad:
-            return F.gelu(x, approximate="tanh")
-        return torch.ops.aten.gelu_(x, approximate="tanh")  # the widest tensor of all: not two of them

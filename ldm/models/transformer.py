@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .attention import attention
-from .linear import Linear
+from .linear import Conv1x1, Linear
 
 
 class Attention(nn.Module):
@@ -94,15 +94,15 @@ class Transformer2D(nn.Module):
         super().__init__()
         self.linear = linear
         self.norm = nn.GroupNorm(groups, width, eps=1e-6)
-        self.proj_in = Linear(width, width) if linear else nn.Conv2d(width, width, 1)
+        self.proj_in = Linear(width, width) if linear else Conv1x1(width, width)
         self.transformer_blocks = nn.ModuleList(
             BasicTransformerBlock(width, heads, context_width, only_cross) for _ in range(depth)
         )
-        self.proj_out = Linear(width, width) if linear else nn.Conv2d(width, width, 1)
+        self.proj_out = Linear(width, width) if linear else Conv1x1(width, width)
 
     def forward(self, x: Tensor, context: Tensor, bias: Tensor | None) -> Tensor:  # (B, C, H, W)
-        h = self.norm(x)
-        h = self.proj_in(_to_tokens(h)) if self.linear else _to_tokens(self.proj_in(h))  # (B, HW, C)
+        h = _to_tokens(self.norm(x))  # (B, HW, C)
+        h = self.proj_in(h) if self.linear else _to_tokens(self.proj_in(_to_map(h, x)))
         for block in self.transformer_blocks:
             h = block(h, context, bias)
         h = _to_map(self.proj_out(h), x) if self.linear else self.proj_out(_to_map(h, x))

@@ -3,26 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..latents import LatentScale
-from .attention import attention
 from .base import Network
 from .tiling import Tiled
-
-Run = Callable[..., Tensor]  # run(block, *x): block(*x), or the same with its activations recomputed later
-Act = Callable[[nn.GroupNorm, Tensor], Tensor]  # what stands before a convolution: silu(norm(x))
-
-
-def norm_silu(norm: nn.GroupNorm, x: Tensor) -> Tensor:
-    """silu(norm(x)), in place where no gradient will ask for norm(x)."""
-    h = norm(x)
-    return F.silu(h, inplace=not h.requires_grad)
+from .vae_blocks import Act, Level, Middle, ResBlock, Run, SelfAttention, laid_out, layout_of, norm_silu
 
 
 class Moments(NamedTuple):
@@ -186,14 +176,18 @@ class VAE(Tiled, Network):
 
     def _encode(self, x: Tensor) -> Tensor:
         encoder, run = self.encoder, self.run_block
-        h = self._in_tiles(lambda t, *act: encoder.reduce(t, run, *act), x, self.factor, 1, encoder.reach)
-        h = encoder.finish(h, run)
-        return h if self.quant_conv is None else self.quant_conv(h)
+        layout = layout_of(x, encoder.conv_in)
+        h = encoder.finish(  # no name here keeps what goes in alive
+            self._in_tiles(lambda t, *act: encoder.reduce(t, run, *act), x, self.factor, 1, encoder.reach), run
+        )
+        return (h if self.quant_conv is None else self.quant_conv(h)).contiguous(memory_format=layout)
 
     def _decode(self, z: Tensor) -> Tensor:
         decoder, run = self.decoder, self.run_block
+        layout = layout_of(z, decoder.conv_in)
         h = decoder.start(z if self.post_quant_conv is None else self.post_quant_conv(z), run)
-        return self._in_tiles(lambda t, *act: decoder.enlarge(t, run, *act), h, 1, self.factor, decoder.reach)
+        h = self._in_tiles(lambda t, *act: decoder.enlarge(t, run, *act), h, 1, self.factor, decoder.reach)
+        return h.contiguous(memory_format=layout)
 
 
 class Encoder(nn.Module):
@@ -223,14 +217,15 @@ class Encoder(nn.Module):
 
     def reduce(self, x: Tensor, run: Run, act: Act = norm_silu) -> Tensor:
         """Everything above the latents' resolution: (B, in_channels, H, W) -> (B, C, H/factor, W/factor)."""
-        h = self.conv_in(x)
+        h = self.conv_in(laid_out(x, self.conv_in))
         for level in self.down_blocks[:-1]:
             h = level(h, run, act)
         return h
 
     def finish(self, h: Tensor, run: Run) -> Tensor:
         """What is left, all at the latents' resolution: (B, C, h, w) -> (B, out_channels, h, w)."""
-        h = self.mid_block(self.down_blocks[-1](h, run), run)
+        for block in [*self.down_blocks[-1].resnets, *self.mid_block.chain()]:
+            h = run(block, h)
         return self.conv_out(norm_silu(self.conv_norm_out, h))
 
 
@@ -263,7 +258,10 @@ class Decoder(nn.Module):
 
     def start(self, z: Tensor, run: Run) -> Tensor:
         """Everything at the latents' resolution: (B, in_channels, h, w) -> (B, C, h, w)."""
-        return self.up_blocks[0].residual(self.mid_block(self.conv_in(z), run), run)
+        h = self.conv_in(laid_out(z, self.conv_in))
+        for block in [*self.mid_block.chain(), *self.up_blocks[0].resnets]:
+            h = run(block, h)
+        return h
 
     def enlarge(self, h: Tensor, run: Run, act: Act = norm_silu) -> Tensor:
         """What is left: (B, C, h, w) -> (B, out_channels, h factor, w factor)."""
@@ -271,110 +269,6 @@ class Decoder(nn.Module):
         for level in self.up_blocks[1:]:
             h = level(h, run, act)
         return self.conv_out(act(self.conv_norm_out, h))
-
-
-class Level(nn.Module):
-    """The residual blocks of one resolution, then half or twice of it: (B, c_in, H, W) -> (B, c_out, H', W')."""
-
-    def __init__(self, c_in: int, c_out: int, layers: int, groups: int, *, down: bool = False, up: bool = False):
-        super().__init__()
-        self.resnets = nn.ModuleList(ResBlock(c_in if j == 0 else c_out, c_out, groups) for j in range(layers))
-        self.downsamplers = nn.ModuleList([Downsample(c_out)]) if down else None
-        self.upsamplers = nn.ModuleList([Upsample(c_out)]) if up else None
-
-    def forward(self, x: Tensor, run: Run, act: Act = norm_silu) -> Tensor:
-        return self.resample(self.residual(x, run, act))
-
-    def residual(self, x: Tensor, run: Run, act: Act = norm_silu) -> Tensor:
-        for block in self.resnets:
-            x = run(block, x, act)
-        return x
-
-    def resample(self, x: Tensor) -> Tensor:
-        for block in [*(self.downsamplers or ()), *(self.upsamplers or ())]:
-            x = block(x)
-        return x
-
-
-class Middle(nn.Module):
-    """Residual block, attention if asked for, residual block: (B, C, h, w) -> the same."""
-
-    def __init__(self, channels: int, groups: int, with_attention: bool):
-        super().__init__()
-        self.attentions = nn.ModuleList([SelfAttention(channels, groups)] if with_attention else [])
-        self.resnets = nn.ModuleList(ResBlock(channels, channels, groups) for _ in range(2))
-
-    def forward(self, x: Tensor, run: Run) -> Tensor:
-        for block in [self.resnets[0], *self.attentions, self.resnets[1]]:
-            x = run(block, x)
-        return x
-
-
-class ResBlock(nn.Module):
-    """x + conv(silu(norm(conv(silu(norm(x)))))), with a 1x1 convolution on x where the width changes."""
-
-    def __init__(self, c_in: int, c_out: int, groups: int):
-        super().__init__()
-        self.norm1 = nn.GroupNorm(groups, c_in, eps=1e-6)
-        self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
-        self.norm2 = nn.GroupNorm(groups, c_out, eps=1e-6)
-        self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
-        self.conv_shortcut = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else None
-
-    def forward(self, x: Tensor, act: Act = norm_silu) -> Tensor:
-        h = self.conv2(act(self.norm2, self.conv1(act(self.norm1, x))))
-        h += x if self.conv_shortcut is None else self.conv_shortcut(x)  # a convolution does not keep its output
-        return h
-
-
-class SelfAttention(nn.Module):
-    """One head over all positions, added to its input: (B, C, h, w) -> the same."""
-
-    def __init__(self, channels: int, groups: int):
-        super().__init__()
-        self.backend = "auto"
-        self.group_norm = nn.GroupNorm(groups, channels, eps=1e-6)
-        self.to_q = nn.Linear(channels, channels)
-        self.to_k = nn.Linear(channels, channels)
-        self.to_v = nn.Linear(channels, channels)
-        self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
-
-    def forward(self, x: Tensor) -> Tensor:
-        tokens = self.group_norm(x).flatten(2).transpose(1, 2).contiguous()  # (B, hw, C), one copy for three
-        q, k, v = (f(tokens).unsqueeze(1) for f in (self.to_q, self.to_k, self.to_v))  # (B, 1, hw, C)
-        out = self.to_out[0](attention(q, k, v, backend=self.backend).squeeze(1))  # (B, hw, C)
-        return x + out.transpose(1, 2).reshape(x.shape)
-
-
-class Downsample(nn.Module):
-    """Half the resolution. The border is added at the right and the bottom only, as every stock VAE has it."""
-
-    def __init__(self, channels: int):
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.pad(x, (0, 1, 0, 1)))
-
-
-class Upsample(nn.Module):
-    """Twice the resolution, nearest neighbour, then a 3x3 convolution.
-
-    The two are one transposed convolution, whose 4x4 kernel is the 3x3 one added to itself at the four places
-    of a 2x2 square: 4 products per output in place of 9. It is folded anew at each call, so that it cannot be
-    older than the weight; that costs a hundredth of the convolution.
-    """
-
-    def __init__(self, channels: int):
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        w = self.conv.weight.transpose(0, 1)  # (I, O, 3, 3)
-        for dim in (2, 3):
-            a, b, c = w.unbind(dim)
-            w = torch.stack((c, b + c, a + b, a), dim)  # (I, O, 4, 3), then (I, O, 4, 4)
-        return F.conv_transpose2d(x, w, self.conv.bias, stride=2, padding=1)
 
 
 def _types(name: str, given: Sequence[str] | None, only: str, levels: int) -> list[str]:
