@@ -1,24 +1,29 @@
-"""From rows to batches, and the cache of what the encoders made of them."""
+"""From rows to batches: crops, flips, drops and captions, each by the image's own index."""
 
-import json
-import warnings
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
-from ldm.models.text import TextEncoder
-from ldm.models.vae import VAE
+from ldm import rng
 from tests import tiny
-from training import cache
-from training.batches import Encoded, LatentBatches, PictureBatches, random_crop, to_bytes, to_unit
-from training.cache import encode, weights_hash
-from training.data import Rows, open_rows
+from tests.stand_in import Bucketed
+from training.batches import (
+    CachedRows,
+    CachedTexts,
+    LatentBatches,
+    PictureBatches,
+    Stream,
+    _one_of,
+    dropped,
+    random_crop,
+    to_bytes,
+    to_unit,
+    uniforms,
+)
 
 SIDE = 16
 
@@ -129,237 +134,132 @@ def test_a_batch_names_its_rows_and_ids():
     assert "ids" not in PictureBatches(noise, 0).__getitems__([(0, 0)])
 
 
-# --- latents ---------------------------------------------------------------------------------------------------------
+# --- latents and text ------------------------------------------------------------------------------------------------
 
 
-def encoded(total: int = 6, captions: int = 3) -> Encoded:
-    """Every number tells where it is from; the last caption is the empty one."""
-    moments = np.arange(2 * total, dtype=np.float32)[:, None, None, None] * np.ones((1, 8, 2, 2), np.float32)
-    tokens = np.arange(captions + 1, dtype=np.float32)[:, None, None] * np.ones((1, 4, 5), np.float32)
-    return Encoded(moments, tokens, np.arange(total) % captions, pooled=tokens[:, 0, :3], bias=tokens[:, :, 0])
+class Told:
+    """In a store's place: every number tells where it is from."""
+
+    def gather(self, slots: np.ndarray) -> dict[str, Tensor]:
+        x = torch.from_numpy(slots).float()
+        tokens = x[:, None, None] * torch.ones(1, 4, 5)
+        moments = x[:, None, None, None] * torch.ones(1, 8, 2, 2)
+        return {"moments": moments, "tokens": tokens, "pooled": tokens[:, 0, :3], "bias": tokens[:, :, 0]}
+
+
+class ToldTexts(CachedTexts):
+    def __call__(self, *args: Any) -> dict[str, Tensor]:
+        return {k: v for k, v in super().__call__(*args).items() if k != "moments"}
+
+
+NULL = 99
+
+
+def latent_batches(total: int = 6, seed: int = 0, **how: Any) -> LatentBatches:
+    """Row i's picture is i, or i + 1000 mirrored; its captions are 10 i, 10 i + 1."""
+    slots = np.stack([np.arange(total), np.arange(total) + 1000], axis=1)
+    rows, told = Bucketed(total), cast(Any, Told())
+    starts = np.cumsum([0, *(len(x) for x in rows.texts)])
+    captions = np.concatenate([10 * i + np.arange(len(x)) for i, x in enumerate(rows.texts)])
+    texts = ToldTexts(told, captions, starts, NULL)
+    return LatentBatches(rows, seed, latents=CachedRows(told, slots, "moments"), texts=texts, **how)
 
 
 def test_latent_batches_are_the_rows():
-    rows = LatentBatches(encoded(), 0)
-    batch = rows.__getitems__([(9, 5), (10, 0), (11, 4)])
-    assert len(rows) == 6
-    assert batch["moments"][:, 0, 0, 0].tolist() == [5, 0, 4]
-    assert batch["tokens"][:, 0, 0].tolist() == batch["pooled"][:, 0].tolist() == [2, 0, 1]
+    rows = latent_batches()
+    batch = rows.__getitems__([(9, 2), (10, 0), (11, 1)])
+    assert len(rows) == 6 and rows.bucket.tolist() == [0, 1, 2, 0, 1, 2]
+    assert batch.keys() == {"index", "row", "moments", "tokens", "pooled", "bias"}
+    assert batch["moments"][:, 0, 0, 0].tolist() == [2, 0, 1]
+    assert batch["tokens"][:, 0, 0].tolist() == batch["pooled"][:, 0].tolist() == [20, 0, 10]
     assert batch["bias"].shape == (3, 4)
-    assert batch["row"].tolist() == [5, 0, 4] and batch["index"].tolist() == [9, 10, 11]
-    bare = LatentBatches(encoded()._replace(pooled=None, bias=None), 0).__getitems__([(0, 0)])
-    assert bare.keys() == {"index", "row", "moments", "tokens"}
+    assert batch["row"].tolist() == [2, 0, 1] and batch["index"].tolist() == [9, 10, 11]
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1, 0.5, 1.0])
 def test_the_share_of_dropped_captions(dropout: float):
-    """Within four standard deviations of a binomial; each of them, pooled too, becomes the empty caption's."""
-    rows = LatentBatches(encoded(), 1, dropout=dropout)
+    """Within four standard deviations of a binomial; each of them, pooled too, becomes the null prompt's."""
+    rows = latent_batches(seed=1, dropout=dropout)
     n = 5000
     batch = rows.__getitems__([(i, i % 6) for i in range(n)])
     caption = batch["tokens"][:, 0, 0]
-    dropped = caption == 3
-    assert abs(dropped.sum().item() - n * dropout) <= 4 * (n * dropout * (1 - dropout)) ** 0.5
-    kept = torch.arange(n) % 6 % 3
-    assert caption[~dropped].equal(kept[~dropped].float())
+    drop = caption == NULL
+    assert abs(drop.sum().item() - n * dropout) <= 4 * (n * dropout * (1 - dropout)) ** 0.5
+    assert (caption[~drop] // 10).equal((torch.arange(n) % 6)[~drop].float())
     assert batch["pooled"][:, 0].equal(caption)
     assert batch["moments"][:, 0, 0, 0].equal((torch.arange(n) % 6).float())  # the pictures stay
+    assert drop.equal(dropped(1, batch["index"], dropout))  # what the task drops that encodes them itself
 
 
-def test_drops_and_flips_belong_to_the_image_index():
-    rows = LatentBatches(encoded(), 1, dropout=0.5, flip=True)
-    pairs = [(n, n % 6) for n in range(600)]
+def test_drops_flips_and_variants_belong_to_the_image_index():
+    rows = latent_batches(seed=1, dropout=0.5, flip=True)
+    pairs = [(2**33 + n, n % 6) for n in range(600)]
     whole = rows.__getitems__(pairs)
     single = [rows.__getitems__([pair]) for pair in pairs]
     for key, value in whole.items():
         assert torch.cat([s[key] for s in single]).equal(value)
-    mirrored = whole["moments"][:, 0, 0, 0] >= 6
-    assert (whole["moments"][:, 0, 0, 0] % 6).long().equal(whole["row"])
-    dropped = whole["tokens"][:, 0, 0] == 3
+    mirrored = whole["moments"][:, 0, 0, 0] >= 1000
+    assert (whole["moments"][:, 0, 0, 0] % 1000).long().equal(whole["row"])
+    drop = whole["tokens"][:, 0, 0] == NULL
     assert 600 * 0.5 - 49 < mirrored.sum() < 600 * 0.5 + 49  # four standard deviations of 12.2
-    both = (mirrored & dropped).sum()
+    both = (mirrored & drop).sum()
     assert 150 - 43 < both < 150 + 43  # and the two are drawn apart: 10.6
-    other = LatentBatches(encoded(), 2, dropout=0.5, flip=True).__getitems__(pairs)
+    other = latent_batches(seed=2, dropout=0.5, flip=True).__getitems__(pairs)
     assert not other["tokens"].equal(whole["tokens"])
 
 
-# --- the cache -------------------------------------------------------------------------------------------------------
-
-CAPTIONS = ["a red apple", "", "zebra", "a red apple", "hot dog", "a cat's face"]
-
-
-def folder_of(place: Path, captions: list[str] = CAPTIONS, seed: int = 0) -> Path:
-    """An imagefolder with pictures of random bytes."""
-    place.mkdir(parents=True)
-    generator = np.random.default_rng(seed)
-    lines = []
-    for i, caption in enumerate(captions):
-        name = f"{i:02}.png"
-        Image.fromarray(generator.integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8)).save(place / name)
-        lines.append(json.dumps({"file_name": name, "text": caption or "x"}) + "\n")
-    (place / "metadata.jsonl").write_text("".join(lines))
-    return place
+def test_each_of_a_rows_captions_comes_as_often():
+    """6000 images of a row with two: 3000 ± 4 · 38.7. The draw is the caption's own, not the flip's."""
+    rows = latent_batches(flip=True)
+    batch = rows.__getitems__([(n, 3) for n in range(6000)])
+    second = batch["tokens"][:, 0, 0] - 30
+    assert set(second.tolist()) == {0, 1} and abs(second.sum().item() - 3000) < 155
+    mirrored = (batch["moments"][:, 0, 0, 0] >= 1000).float()
+    assert abs((second * mirrored).mean() - second.mean() * mirrored.mean()) < 4 * 0.25 / 6000**0.5
+    other = latent_batches(seed=5).__getitems__([(n, 3) for n in range(6000)])
+    assert not other["tokens"].equal(batch["tokens"])
+    # at the end of what the generator gives, float32 would round up to the next row's caption
+    high = np.array([1 - 0.5 * 2**-23], np.float32)
+    assert all(_one_of(high, np.array([count])) == count - 1 for count in range(1, 2000))
 
 
-def opened(place: Path) -> Rows:
-    return open_rows(place, resolution=SIDE, split="train", held_out=0.01)
+def test_uniforms_are_those_of_rng():
+    index = torch.tensor([0, 1, 77, 2**31, 2**40 + 5, 2**62])
+    for seed in (0, 3, 2**62 + 12345):
+        streams = (Stream.FLIP, Stream.CAPTION, Stream.VARIANT)
+        for stream, u in zip(streams, uniforms(seed, index.numpy(), *streams), strict=True):
+            assert torch.from_numpy(u).equal(rng.uniform(seed, index, (), stream))
+    streams = [v for k, v in vars(Stream).items() if k.isupper()]
+    assert sorted(streams) == list(range(8))
 
 
-@pytest.fixture(scope="module")
-def vae() -> VAE:
-    return tiny.vae()
+def test_live_batches_are_the_cached_ones_rows():
+    """The same flips and the same captions, for the task to encode."""
+    rows = Bucketed(9)
+    live = LatentBatches(rows, 1, flip=True)
+    pairs = [(n, 3 * (n % 3)) for n in range(40)]  # of the first bucket
+    batch = live.__getitems__(pairs)
+    assert batch.keys() == {"index", "row", "pictures", "captions"}
+    cached = latent_batches(9, seed=1, flip=True).__getitems__(pairs)
+    mirrored = cached["moments"][:, 0, 0, 0] >= 1000
+    for i, (_, row) in enumerate(pairs):
+        picture = to_unit(rows.bytes[row])
+        assert batch["pictures"][i].equal(picture.flip(-1) if mirrored[i] else picture)
+        assert batch["captions"][i] == rows.texts[row][int(cached["tokens"][i, 0, 0]) - 10 * row]
+    assert len({(row, text) for (_, row), text in zip(pairs, batch["captions"], strict=True)}) == 1 + 2 + 3
 
 
-@pytest.fixture(scope="module")
-def text() -> TextEncoder:
-    return tiny.text()
-
-
-class Plain(Noise):
-    """Square pictures; one caption is empty, one comes twice."""
-
-    def __init__(self):
-        super().__init__(len(CAPTIONS), SIDE)
-        self.bytes, self.captions = self.bytes[..., :SIDE], CAPTIONS
-
-
-@pytest.mark.parametrize("family", ["sd", "sd3", "pixart"])
-@pytest.mark.parametrize("flip", [False, True])
-def test_the_cache_holds_what_the_encoders_give(family: str, flip: bool, vae: VAE, tmp_path: Path):
-    """In batches of 4 as against one by one: sums in another order, 1e-5 of numbers near 1."""
-    rows, text, n = Plain(), tiny.text(family), len(CAPTIONS)
-    found = encode(rows, "x", vae, text, tmp_path, flip=flip, batch=4)
-    assert found.moments.shape == (n * (1 + flip), 8, 8, 8)
-    assert len(found.tokens) == 5  # distinct ones, the empty one last
-    assert (found.bias is None) == (family == "sd")
-    with torch.no_grad():
-        for i in range(n * (1 + flip)):
-            picture = to_unit(rows.pictures([i % n]))
-            moments = vae.encode(picture.flip(-1) if i >= n else picture)
-            expected = torch.cat([moments.mean, moments.log_var], 1)[0]
-            torch.testing.assert_close(torch.from_numpy(found.moments[i].copy()), expected, rtol=1e-5, atol=1e-5)
-        null = text.null()
-        torch.testing.assert_close(torch.from_numpy(found.tokens[-1:].copy()), null.tokens, rtol=1e-5, atol=1e-5)
-    # through the batches, as the task gets them
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")  # of arrays that torch may not write to
-        batch = LatentBatches(found, 0).__getitems__([(i, i) for i in range(n)])
-    with torch.no_grad():
-        for i, caption in enumerate(CAPTIONS):
-            cond = text.encode([caption])
-            torch.testing.assert_close(batch["tokens"][i : i + 1], cond.tokens, rtol=1e-5, atol=1e-5)
-            if cond.pooled is not None:
-                torch.testing.assert_close(batch["pooled"][i : i + 1], cond.pooled, rtol=1e-5, atol=1e-5)
-            if cond.bias is not None:
-                assert batch["bias"][i : i + 1].equal(cond.bias)
-    assert ("pooled" in batch, "bias" in batch) == (null.pooled is not None, null.bias is not None)
-    dropped = LatentBatches(found, 0, dropout=1.0).__getitems__([(0, 0)])
-    torch.testing.assert_close(dropped["tokens"], null.tokens, rtol=1e-5, atol=1e-5)
-
-
-@pytest.fixture
-def calls(monkeypatch) -> list[str]:
-    """Which encoder was asked, in order."""
-    asked: list[str] = []
-    for kind, method in ((VAE, "encode"), (TextEncoder, "encode")):
-        plain: Any = getattr(kind, method)
-
-        def counted(self, *args, plain=plain, name=kind.__name__, **kw):
-            asked.append(name)
-            return plain(self, *args, **kw)
-
-        monkeypatch.setattr(kind, method, counted)
-    return asked
-
-
-def test_what_is_there_is_not_encoded_again(calls: list[str], vae: VAE, text: TextEncoder, tmp_path: Path):
-    first = encode(Plain(), "x", vae, text, tmp_path, batch=4)
-    assert calls.count("VAE") == 2 and calls.count("TextEncoder") >= 1
-    calls.clear()
-    again = encode(Plain(), "x", tiny.vae(), tiny.text(), tmp_path, batch=3)  # equal parts, built anew
-    assert calls == []
-    assert again.moments.tobytes() == first.moments.tobytes() and again.tokens.tobytes() == first.tokens.tobytes()
-    assert len(list(tmp_path.iterdir())) == 1
-
-
-def nudged(module: nn.Module) -> nn.Module:
-    """One weight, by one unit in its last place."""
-    weight = next(module.parameters()).view(-1)[:1]
-    with torch.no_grad():
-        weight.copy_(torch.nextafter(weight, torch.tensor([9.0])))
-    return module
-
-
-def test_any_change_is_another_key(calls: list[str], tmp_path: Path, vae: VAE, text: TextEncoder):
-    """Caption, picture, autoencoder, text encoder, family, mirrored or not."""
-    root = tmp_path / "cache"
-    plain = opened(folder_of(tmp_path / "a"))
-    caption = opened(folder_of(tmp_path / "b", [*CAPTIONS[:-1], "a dog's face"]))
-    picture = opened(folder_of(tmp_path / "c", seed=1))
-    other_vae, other_text = nudged(tiny.vae()), tiny.text()
-    nudged(other_text.model)
-    for n, (rows, v, t, flip) in enumerate(
-        [
-            (plain, vae, text, False),
-            (caption, vae, text, False),
-            (picture, vae, text, False),
-            (plain, other_vae, text, False),
-            (plain, vae, other_text, False),
-            (plain, vae, tiny.text("sd3"), False),
-            (plain, vae, text, True),
-        ]
-    ):
-        calls.clear()
-        encode(rows, rows.fingerprint, v, t, root, flip=flip)
-        assert "VAE" in calls, n
-        assert len(list(root.iterdir())) == n + 1
-    calls.clear()
-    again = opened(folder_of(tmp_path / "elsewhere" / "a"))  # the same content in another place
-    encode(again, again.fingerprint, vae, text, root)
-    assert calls == []
-
-
-def test_weights_hash_sees_names_shapes_and_kinds():
-    one = nn.Linear(2, 3, bias=False)
-    base = weights_hash(one)
-    assert base == weights_hash(one)
-    turned = nn.Linear(3, 2, bias=False)
-    named = nn.ParameterDict({"other": one.weight})
-    half = nn.Linear(2, 3, bias=False).bfloat16()
-    with torch.no_grad():
-        turned.weight.copy_(one.weight.reshape(2, 3))
-        half.weight.copy_(one.weight)
-    assert len({base, weights_hash(turned), weights_hash(named), weights_hash(half), weights_hash(one, one)}) == 5
-
-
-@pytest.mark.parametrize("where", ["_encode_pictures", "_encode_captions", "replace_folder"])
-def test_a_cache_that_was_cut_short_is_made_anew(
-    where: str, calls: list[str], vae: VAE, text: TextEncoder, tmp_path: Path, monkeypatch
-):
-    """Stopped in the midst, as a kill would: what is there by then must not be taken for a cache."""
-    plain = getattr(cache, where)
-
-    def cut(*args, **kw):
-        if where == "_encode_captions":
-            np.save(args[0] / "tokens.npy", np.zeros(3))
-        elif where == "_encode_pictures":
-            Path(args[0]).write_bytes(b"half")
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(cache, where, cut)
-    with pytest.raises(KeyboardInterrupt):
-        encode(Plain(), "x", vae, text, tmp_path)
-    monkeypatch.setattr(cache, where, plain)
-    assert all(p.name.endswith(".partial") for p in tmp_path.iterdir())
-    calls.clear()
-    found = encode(Plain(), "x", vae, text, tmp_path)
-    assert "VAE" in calls
-    assert found.moments.shape[0] == len(CAPTIONS) and found.tokens.shape == (5, tiny.LENGTH, tiny.WIDTH)
-    assert [p.name.endswith(".partial") for p in tmp_path.iterdir()] == [False]
-
-
-def test_long_captions_are_counted(vae: VAE, text: TextEncoder, tmp_path: Path, caplog):
-    rows = Plain()
-    rows.captions = ["a " * 40, *CAPTIONS[1:]]
-    encode(rows, "x", vae, text, tmp_path)
-    assert f"1 captions have more than {tiny.LENGTH} tokens; their ends are cut" in caplog.text
+def test_masks_and_sizes_go_with_the_picture():
+    rows = Bucketed(9, masked=True)
+    pairs = [(n, 1 + 3 * (n % 3)) for n in range(20)]
+    batch = LatentBatches(rows, 1, factor=4, flip=True, sizes=True).__getitems__(pairs)
+    assert batch["size_ids"].equal(rows.size_ids([row for _, row in pairs]))
+    assert batch["mask"].shape == (20, 1, 2, 6)
+    plain = LatentBatches(rows, 1, factor=4).__getitems__(pairs)
+    mirrored = (batch["pictures"] != plain["pictures"]).flatten(1).any(1)
+    assert 3 < mirrored.sum() < 17
+    for i, (_, row) in enumerate(pairs):
+        mask = rows.masks([row])
+        mask = mask.flip(-1) if mirrored[i] else mask
+        mean = torch.stack([mask[0, 0, y : y + 4, x : x + 4].mean() for y in (0, 4) for x in range(0, 24, 4)])
+        torch.testing.assert_close(batch["mask"][i].flatten(), mean)

@@ -1,21 +1,20 @@
 """Checkpoints: complete or not there, whatever happens to the disk or to the process."""
 
 import errno
-import multiprocessing
 import random
 import re
 import shutil
 import signal
 import time
-from multiprocessing.synchronize import Event
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
+from tests.toy import begun
 from training import checkpoint
-from training.checkpoint import CheckpointError, listed, load, save
+from training.checkpoint import CheckpointError, Keep, listed, load, save
 
 
 def tensors(seed: int) -> dict[str, dict[str, Tensor]]:
@@ -47,7 +46,7 @@ def names(root: Path) -> list[str]:
 
 def test_round_trip(tmp_path: Path):
     state = {"images": 12, "inputs": {"data": "é"}, "optimizer_steps": {"net": 3}}
-    folder = save(tmp_path, 12, tensors(1), state, 2)
+    folder = save(tmp_path, 12, tensors(1), state, Keep(2))
     assert folder == tmp_path / "images_000000012"
     found, told = load(folder)
     assert_same_bits(found, tensors(1))
@@ -57,20 +56,20 @@ def test_round_trip(tmp_path: Path):
 
 def test_shared_weights_are_saved_under_both_names(tmp_path: Path):
     table = torch.randn(3, 3)
-    found, _ = load(save(tmp_path, 1, {"net": {"a": table, "b": table}}, {}, 1))
+    found, _ = load(save(tmp_path, 1, {"net": {"a": table, "b": table}}, {}, Keep(1)))
     assert found["net"]["a"].equal(table) and found["net"]["b"].equal(table)
 
 
 def test_only_the_newest_stay(tmp_path: Path):
     for n in (5, 10, 100, 1_000_000_000, 11):  # the longest name sorts last too
-        save(tmp_path, n, tensors(n), {"images": n}, 3)
+        save(tmp_path, n, tensors(n), {"images": n}, Keep(3))
     assert [load(p)[1]["images"] for p in listed(tmp_path)] == [11, 100, 1_000_000_000]
     assert len(names(tmp_path)) == 3
 
 
 def test_the_same_number_is_replaced(tmp_path: Path):
-    save(tmp_path, 5, tensors(1), {}, 2)
-    save(tmp_path, 5, tensors(2), {}, 2)
+    save(tmp_path, 5, tensors(1), {}, Keep(2))
+    save(tmp_path, 5, tensors(2), {}, Keep(2))
     assert_same_bits(load(listed(tmp_path)[-1])[0], tensors(2))
     assert names(tmp_path) == ["images_000000005"]
 
@@ -78,8 +77,8 @@ def test_the_same_number_is_replaced(tmp_path: Path):
 @pytest.mark.parametrize("name", ["net.safetensors", "rng.safetensors", "state.json", "manifest.json"])
 @pytest.mark.parametrize("place", [0.0, 0.5, 1.0])
 def test_one_flipped_bit_is_found(name: str, place: float, tmp_path: Path):
-    first = save(tmp_path, 5, tensors(1), {"images": 5}, 2)
-    second = save(tmp_path, 10, tensors(2), {"images": 10}, 2)
+    first = save(tmp_path, 5, tensors(1), {"images": 5}, Keep(2))
+    second = save(tmp_path, 10, tensors(2), {"images": 10}, Keep(2))
     file = second / name
     content = bytearray(file.read_bytes())
     content[int(place * (len(content) - 1))] ^= 1 << random.randrange(8)
@@ -96,7 +95,7 @@ def test_one_flipped_bit_is_found(name: str, place: float, tmp_path: Path):
 
 @pytest.mark.parametrize("damage", ["unlink", "truncate"])
 def test_a_file_that_is_gone_or_short_is_found(damage: str, tmp_path: Path):
-    folder = save(tmp_path, 5, tensors(1), {}, 2)
+    folder = save(tmp_path, 5, tensors(1), {}, Keep(2))
     file = folder / "net.safetensors"
     file.unlink() if damage == "unlink" else file.write_bytes(file.read_bytes()[:-1])
     with pytest.raises(CheckpointError, match=rf"{re.escape(str(file))}: missing or damaged .*to start anew"):
@@ -105,7 +104,7 @@ def test_a_file_that_is_gone_or_short_is_found(damage: str, tmp_path: Path):
 
 def test_what_is_not_complete_is_not_listed(tmp_path: Path):
     assert listed(tmp_path / "absent") == []
-    done = save(tmp_path, 5, tensors(1), {}, 2)
+    done = save(tmp_path, 5, tensors(1), {}, Keep(2))
     shutil.copytree(done, tmp_path / "images_000000009.partial")
     shutil.copytree(done, tmp_path / "images_000000004.old")
     shutil.copytree(done, tmp_path / "images_000000007")
@@ -116,10 +115,10 @@ def test_what_is_not_complete_is_not_listed(tmp_path: Path):
 
 def test_leftovers_of_a_killed_save_do_not_pile_up(tmp_path: Path):
     """A run that is stopped by a signal saves at another number each time: no later save has the leftover's name."""
-    done = save(tmp_path, 5, tensors(1), {}, 2)
+    done = save(tmp_path, 5, tensors(1), {}, Keep(2))
     shutil.copytree(done, tmp_path / "images_000000009.partial")
     shutil.copytree(done, tmp_path / "images_000000004.old")
-    save(tmp_path, 10, tensors(2), {}, 2)
+    save(tmp_path, 10, tensors(2), {}, Keep(2))
     assert names(tmp_path) == ["images_000000005", "images_000000010"]
 
 
@@ -127,7 +126,7 @@ def test_leftovers_of_a_killed_save_do_not_pile_up(tmp_path: Path):
 @pytest.mark.parametrize("images", [5, 10])
 def test_a_full_disk_leaves_the_old_and_no_orphan(where: str, images: int, tmp_path: Path, monkeypatch):
     """Half-way through the files, through the hashes, or at the end; also where the same number is replaced."""
-    save(tmp_path, 5, tensors(1), {}, 1)
+    save(tmp_path, 5, tensors(1), {}, Keep(1))
     plain, calls = getattr(checkpoint, where), []
 
     def full(*args):
@@ -140,38 +139,34 @@ def test_a_full_disk_leaves_the_old_and_no_orphan(where: str, images: int, tmp_p
 
     monkeypatch.setattr(checkpoint, where, full)
     with pytest.raises(OSError, match="No space left"):
-        save(tmp_path, images, tensors(2), {}, 1)
+        save(tmp_path, images, tensors(2), {}, Keep(1))
     monkeypatch.undo()
     assert names(tmp_path) == ["images_000000005"]
     assert_same_bits(load(listed(tmp_path)[-1])[0], tensors(1))
-    save(tmp_path, images, tensors(2), {}, 1)  # space was made
+    save(tmp_path, images, tensors(2), {}, Keep(1))  # space was made
     assert_same_bits(load(listed(tmp_path)[-1])[0], tensors(2))
 
 
-def save_for_ever(root: Path, started: Event) -> None:
+def save_for_ever(root: Path) -> None:
     torch.set_num_threads(1)
     done = listed(root)
     n = load(done[-1])[1]["n"] if done else 0
-    started.set()
     while True:
         n += 1
         many = {str(i): torch.full((1000,), float(n)) for i in range(10)}
-        save(root, n, {"net": {"w": torch.full((300_000,), float(n))}, "net_optimizer": many, "ema": many}, {"n": n}, 2)
+        files = {"net": {"w": torch.full((300_000,), float(n))}, "net_optimizer": many, "ema": many}
+        save(root, n, files, {"n": n}, Keep(2))
 
 
 def newest(root: Path) -> int:
-    return int(listed(root)[-1].name.removeprefix("images_"))
+    return checkpoint.images_of(listed(root)[-1])
 
 
 def test_a_kill_at_any_moment_leaves_whole_checkpoints(tmp_path: Path):
     """SIGKILL while it saves in a loop: all that is listed loads, and the newest never goes back."""
-    fork = multiprocessing.get_context("fork")  # torch is imported already
     reached, moments = 0, random.Random(4)
     for _ in range(12):
-        started = fork.Event()
-        process = fork.Process(target=save_for_ever, args=(tmp_path, started))
-        process.start()
-        assert started.wait(30)
+        process = begun(save_for_ever, tmp_path)
         limit = time.monotonic() + 30
         while (not listed(tmp_path) or newest(tmp_path) <= reached) and time.monotonic() < limit:
             time.sleep(0.005)
@@ -187,5 +182,5 @@ def test_a_kill_at_any_moment_leaves_whole_checkpoints(tmp_path: Path):
             assert loaded["ema"]["9"].eq(state["n"]).all()
         assert state["n"] > reached
         reached = state["n"]
-    save(tmp_path, reached + 1, tensors(1), {}, 2)
+    save(tmp_path, reached + 1, tensors(1), {}, Keep(2))
     assert len(names(tmp_path)) == 2  # nothing of the killed ones is left

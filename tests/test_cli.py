@@ -187,9 +187,11 @@ def test_configs_that_cannot_be_read(ldm: Callable[..., Said], place: Path) -> N
 
 
 def test_the_shipped_configs_are_whole_and_fit_together() -> None:
-    made = {name: load(file) for name, file in config_files().items() if file.suffix == ".yaml"}
-    assert {"openmoji/clip", "openmoji/vae", "openmoji/unet", "openmoji/mmdit"} <= made.keys()
-    check_together([made[f"openmoji/{n}"] for n in ("clip", "vae", "unet", "mmdit")])
+    ours = {name: file for name, file in config_files().items() if file.suffix == ".yaml"}
+    made = {name: load(file) for name, file in ours.items() if not name.startswith("accelerate/")}
+    parts = [f"openmoji/{n}" for n in ("clip", "vae", "unet", "mmdit", "dit")]
+    assert {*parts, "vae_f8", "unet_sd2_from_scratch", "dit_xl_from_scratch", "mmdit_from_scratch"} == made.keys()
+    check_together([made[name] for name in parts])
 
 
 # --- data ------------------------------------------------------------------------------------------------------------
@@ -250,17 +252,21 @@ def test_check_tells_sizes_and_time_and_trains_nothing(ldm: Callable[..., Said],
     assert said.code == 0, said
     assert "4 to train on, 4 held out, 16 px" in said.out and "8 images, 2 steps, 2.0 epochs" in said.out
     assert len(re.findall(r"parameters\W+\d+\.\d\dM", said.out)) == 4
-    for row in ("training time", "one step", "memory", "device"):
+    for row in ("time", "a step", "memory of a step", "memory, measured", "device"):
         assert len(re.findall(rf"^\W*{row}\W", said.out, re.MULTILINE)) == 4, row
     assert said.out.count("cache on disk") == 2
     assert not (place / "runs").exists()
 
 
-def test_inspect_data(ldm: Callable[..., Said], place: Path) -> None:
-    said = ldm("inspect", "data", place / "data")
-    assert said.code == 0, said
-    assert "train: 4 rows, 4 different captions" in said.out and "a red apple" in said.out and "test: 4" in said.out
+def test_inspect_data(ldm: Callable[..., Said], place: Path, tmp_path: Path) -> None:
+    for source in (place / "data", place / "unet.yaml"):
+        page = tmp_path / f"{source.stem}.html"
+        said = ldm("inspect", "data", source, "-o", page)
+        assert said.code == 0 and said.out.strip() == str(page), said
+        assert "a red apple" in page.read_text() and page.read_text().count("data:image") >= 1
     refused(ldm("inspect", "data", place / "gone"), "no such folder")
+    refused(ldm("inspect", "data", place / "unet.yaml", "data.path=gone"), "gone: no such folder")
+    refused(ldm("inspect", "data", place / "data", "data.resolution=8"), "only a config takes overrides")
 
 
 def test_inspect_path(ldm: Callable[..., Said], place: Path, tmp_path: Path) -> None:

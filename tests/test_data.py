@@ -3,31 +3,20 @@
 from __future__ import annotations
 
 import copy
-import io
 import json
 import logging
-import struct
-import zlib
+import pickle
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from torch.utils.data import DataLoader
 
+from tests.datasets_made import bomb, noise, parquet
+from tests.datasets_made import encoded as png
 from training.data import DataError, check_rows, open_rows
 from training.pictures import decode
-
-
-def noise(seed: int, width: int = 24, height: int = 16) -> Image.Image:
-    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
-
-
-def png(picture: Image.Image, kind: str = "PNG", **options) -> bytes:
-    out = io.BytesIO()
-    picture.save(out, kind, **options)
-    return out.getvalue()
 
 
 def imagefolder(root: Path, n: int, captions: dict[int, object] | None = None) -> Path:
@@ -40,135 +29,8 @@ def imagefolder(root: Path, n: int, captions: dict[int, object] | None = None) -
     return root
 
 
-def parquet(file: Path, rows: dict) -> Path:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    file.parent.mkdir(parents=True, exist_ok=True)
-    pq.write_table(pa.table(rows), file)
-    return file
-
-
 def content(root: Path) -> dict[str, bytes]:
     return {str(x): x.read_bytes() for x in root.rglob("*") if x.is_file()}
-
-
-# ---- pictures
-
-
-def test_centre_crop_by_position():
-    """24 × 16 at 16: columns 4 to 19 as they are, nothing resampled."""
-    picture = noise(1)
-    assert np.array_equal(decode(png(picture), 16).transpose(1, 2, 0), np.asarray(picture)[:, 4:20])
-
-
-def test_resize_is_pillows_lanczos_then_crop():
-    """Against the two steps in their plain order; one step of rounding in 8 bits apart."""
-    picture = noise(2, 60, 40)
-    plain = picture.resize((30, 20), Image.Resampling.LANCZOS).crop((5, 0, 25, 20))
-    got = decode(png(picture), 20).transpose(1, 2, 0)
-    assert np.abs(got.astype(int) - np.asarray(plain)).max() <= 1
-
-
-def test_without_crop_the_whole_is_squeezed():
-    picture = Image.new("RGB", (30, 10), "black")
-    picture.paste("white", (15, 0, 30, 10))
-    got = decode(png(picture), 10, center_crop=False)
-    assert got[:, :, :4].max() < 10 and got[:, :, 6:].min() > 245
-
-
-def test_antialiasing_keeps_the_mean():
-    """A checkerboard of single pixels becomes grey, where nearest neighbour would give stripes."""
-    board = Image.fromarray((np.indices((64, 64)).sum(0) % 2 * 255).astype(np.uint8))
-    got = decode(png(board), 16)[:, 2:-2, 2:-2].astype(float)
-    assert np.abs(got - 127.5).max() < 2
-
-
-@pytest.mark.parametrize(
-    ("picture", "expected"),
-    [
-        (Image.new("RGBA", (8, 8), (200, 0, 0, 0)), (255, 255, 255)),  # wholly transparent: white, not black
-        (Image.new("RGBA", (8, 8), (0, 0, 0, 128)), (127, 127, 127)),
-        (Image.new("LA", (8, 8), (0, 0)), (255, 255, 255)),
-        (Image.new("L", (8, 8), 77), (77, 77, 77)),
-        (Image.new("1", (8, 8), 1), (255, 255, 255)),
-        (Image.fromarray(np.full((8, 8), 65535, np.uint16)), (255, 255, 255)),
-        (Image.fromarray(np.full((8, 8), 257 * 40, np.uint16)), (40, 40, 40)),  # Pillow alone would clip to 255
-        (Image.new("RGB", (1, 1), (1, 2, 3)), (1, 2, 3)),
-        (Image.new("RGB", (2, 300), (9, 8, 7)), (9, 8, 7)),
-    ],
-)
-def test_every_mode_has_a_defined_result(picture: Image.Image, expected: tuple[int, int, int]):
-    got = decode(png(picture), 8)
-    assert got.shape == (3, 8, 8) and got.dtype == np.uint8
-    assert (np.abs(got.reshape(3, -1).astype(int) - np.array(expected)[:, None]) <= 1).all()
-
-
-def test_palette_with_a_transparent_colour():
-    picture = Image.new("P", (8, 8), 1)
-    picture.putpalette([0, 0, 0, 255, 0, 0])
-    assert decode(png(picture), 8)[:, 0, 0].tolist() == [255, 0, 0]
-    assert decode(png(picture, transparency=1), 8)[:, 0, 0].tolist() == [255, 255, 255]
-
-
-@pytest.mark.parametrize(("kind", "tolerance"), [("TIFF", 0), ("JPEG", 2)])  # JPEG is lossy
-def test_cmyk_and_float(kind: str, tolerance: int):
-    got = decode(png(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), kind), 8)  # no cyan: red
-    assert np.abs(got[:, 0, 0].astype(int) - [255, 0, 0]).max() <= tolerance
-    if kind == "TIFF":
-        assert decode(png(Image.new("F", (8, 8), 0.2), kind), 8)[:, 0, 0].tolist() == [51, 51, 51]
-
-
-def test_exif_rotation_is_applied():
-    """Orientation 6: the camera was turned; the file's left edge is the picture's top."""
-    picture = Image.new("RGB", (32, 32), "blue")
-    picture.paste("red", (0, 0, 16, 32))
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    got = decode(png(picture, "JPEG", exif=exif, quality=95), 8)
-    assert got[0, :3].min() > 200 and got[2, :3].max() < 60  # top red
-    assert got[2, 5:].min() > 200 and got[0, 5:].max() < 60
-
-
-def test_a_large_jpeg_is_decoded_small(monkeypatch: pytest.MonkeyPatch):
-    """With draft the answer is that of a full decode to a few grey levels, on a smooth picture."""
-    ramp = np.linspace(0, 255, 512).round().astype(np.uint8)
-    across = np.tile(ramp, (512, 1))
-    smooth = Image.fromarray(np.stack([across, across.T, np.full_like(across, 90)], 2))
-    sizes, real = [], Image.Image.resize
-
-    def spy(self, *args, **kwargs):
-        sizes.append(self.size)
-        return real(self, *args, **kwargs)
-
-    monkeypatch.setattr(Image.Image, "resize", spy)
-    got = decode(png(smooth, "JPEG", quality=95), 60)
-    assert sizes == [(64, 64)]  # an eighth, still at least 60
-    full = decode(png(smooth), 60)
-    assert sizes[1] == (512, 512)
-    assert np.abs(got.astype(int) - full).max() <= 4
-
-
-def bomb(width: int, height: int) -> bytes:
-    """A PNG header that promises a picture, and nothing after it."""
-    head = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    chunk = b"IHDR" + head
-    body = struct.pack(">I", len(head)) + chunk + struct.pack(">I", zlib.crc32(chunk))
-    idat = b"IDAT" + zlib.compress(b"\0")
-    return b"\x89PNG\r\n\x1a\n" + body + struct.pack(">I", len(idat) - 4) + idat + struct.pack(">I", zlib.crc32(idat))
-
-
-@pytest.mark.parametrize("side", [10_000, 60_000])  # Pillow warns of the first and raises for the second
-@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
-def test_a_bomb_is_refused_from_its_header(side: int):
-    with pytest.raises(ValueError, match="decompression bomb"):
-        decode(bomb(side, side), 8)
-
-
-@pytest.mark.parametrize("broken", [b"", b"GIF89a", b"no picture", png(noise(0, 200, 200))[:3000], bomb(50, 50)])
-def test_what_does_not_decode(broken: bytes):
-    with pytest.raises(ValueError, match=r"does not decode|is empty"):
-        decode(broken, 8)
 
 
 # ---- rows
@@ -252,7 +114,7 @@ def test_parquet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     assert one.fingerprint == two.fingerprint and torch.equal(one.pictures([0, 5]), two.pictures([0, 5]))
     assert one.name(0).startswith(f"{plain}, row ")
     held = open_rows(plain, split="test", resolution=8)
-    assert sorted(one.captions + held.captions) == sorted(captions)
+    assert sorted([*one.captions, *held.captions]) == sorted(captions)
     turned = parquet(tmp_path / "turned.parquet", {"image": encoded[::-1], "text": captions[::-1]})
     assert sorted(open_rows(turned, resolution=8).captions) == sorted(one.captions)  # order plays no part
     both = tmp_path / "both"
@@ -293,7 +155,8 @@ def test_rows_go_into_a_loader(tmp_path: Path):
     rows = open_rows(imagefolder(tmp_path / "a", 9), resolution=8, in_memory=0)
     batch = next(iter(DataLoader(rows, batch_size=4)))
     assert batch["picture"].shape == (4, 3, 8, 8) and batch["caption"] == rows.captions[:4]
-    assert copy.deepcopy(rows).captions == rows.captions
+    for other in (copy.deepcopy(rows), pickle.loads(pickle.dumps(rows))):
+        assert other.captions == rows.captions and torch.equal(other.pictures([3]), rows.pictures([3]))
 
 
 def test_check_rows(tmp_path: Path):
@@ -318,7 +181,7 @@ def test_nothing_there(tmp_path: Path):
     (tmp_path / "notes.txt").write_text("hello")
     with pytest.raises(DataError, match="is empty"):
         open_rows(tmp_path, resolution=8)
-    with pytest.raises(DataError, match=r"expected a folder or a \.parquet"):
+    with pytest.raises(DataError, match=r"expected a folder, a \.parquet or a \.tar"):
         open_rows(tmp_path / "notes.txt", resolution=8)
     (tmp_path / "cut.parquet").write_bytes(b"PAR1 and no more")
     with pytest.raises(DataError, match=r"cut\.parquet: is no parquet file"):
@@ -449,3 +312,42 @@ def test_no_split_of_that_kind(tmp_path: Path):
         imagefolder(tmp_path / name, 2)
     with pytest.raises(DataError, match=r"no split for 'train' among .*validation"):
         open_rows(tmp_path, resolution=8)
+
+
+def test_a_picture_whose_header_alone_was_read_may_turn_out_broken(tmp_path: Path, caplog):
+    """It is grey then, named and counted; above the share that may be skipped the run ends."""
+    pictures: list[bytes] = [png(noise(i, 60, 60)) for i in range(40)]
+    pictures[3] = pictures[3][:3000]
+    columns = {"image": pictures, "text": [f"picture {i}" for i in range(40)]}
+    parquet(tmp_path / "train.parquet", columns)
+    parquet(tmp_path / "test.parquet", {key: some[5:6] for key, some in columns.items()})
+    with pytest.raises(DataError, match=r"1 of 40 rows .*row 3: does not decode"):
+        open_rows(tmp_path, resolution=8)
+    rows = open_rows(tmp_path, resolution=8, in_memory=0, verify=False, max_skipped=0.03)
+    with caplog.at_level(logging.WARNING, "training.data"):
+        for _ in range(2):
+            batch = rows.pictures([2, 3, 4])
+    assert (batch[1] == 127).all() and len(torch.unique(batch[0])) > 10 and rows.broken == {3}
+    assert caplog.text.count("row 3: does not decode") == 1 and "grey" in caplog.text
+    strict = open_rows(tmp_path, resolution=8, in_memory=0, verify=False, max_skipped=0.02)
+    with pytest.raises(DataError, match=r"row 3.*data\.verify: true"):
+        strict.pictures([3])
+
+
+def test_many_rows_have_their_headers_read(tmp_path: Path, caplog, monkeypatch: pytest.MonkeyPatch):
+    import training.index
+
+    root = imagefolder(tmp_path / "a", 9)
+    monkeypatch.setattr(training.index, "DECODED", 5)
+    for verify, told in ((None, True), (True, False)):
+        caplog.clear()
+        rows = open_rows(root, resolution=8, in_memory=0, verify=verify)
+        assert ("only the headers are looked at" in caplog.text) is told
+        assert rows.fingerprint == open_rows(root, resolution=8).fingerprint
+
+
+def test_the_first_rows_alone(tmp_path: Path):
+    rows = open_rows(imagefolder(tmp_path / "a", 12), resolution=8)
+    few = rows.head(4)
+    assert len(few) == 4 and few.captions == rows.captions[:4] and rows.head(99) is rows
+    assert torch.equal(few.pictures(range(4)), rows.pictures(range(4))) and few.digest(3) == rows.digest(3)

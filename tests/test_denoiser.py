@@ -189,3 +189,65 @@ def test_no_signal_and_a_prediction_that_divides_by_it(path: Path, name: str) ->
         d(latents(), one, tokens(3, 0))
     assert d(latents(), 0.999 * one, tokens(3, 0)).x0.isfinite().all()
     assert denoiser(V(), path)(latents(), one, tokens(3, 0)).x0.isfinite().all()
+
+
+def test_a_mask_weighs_each_place_of_the_loss() -> None:
+    """A network that answers 0 loses (eps - x0)² at each place: mean(mask · that) / mean(mask), row by row."""
+
+    class Zero(nn.Module):
+        def forward(self, x: Tensor, time: Tensor, cond: Cond) -> Tensor:
+            return x * 0
+
+    d = Denoiser(Zero(), RectifiedFlow(), Flow())
+    x0, t = latents(), torch.tensor([0.2, 0.5, 0.9])
+    eps = torch.randn(x0.shape, generator=torch.Generator().manual_seed(1))
+    mask = torch.zeros(3, 1, 6, 5)
+    mask[0, 0, 2, 3], mask[1, 0, 1:3] = 0.25, torch.tensor([0.5, 1.0])[:, None]
+    square = (eps - x0).square()
+    expected = [square[0, :, 2, 3].mean(), (square[1, :, 1].mean() + 2 * square[1, :, 2].mean()) / 3, torch.tensor(0.0)]
+    found = d.loss(x0, t, tokens(3, 0), eps=eps, mask=mask)
+    torch.testing.assert_close(found, torch.stack(expected), rtol=1e-6, atol=0)
+    plain = d.loss(x0, t, tokens(3, 0), eps=eps)
+    torch.testing.assert_close(plain, square.mean((1, 2, 3)))
+    for even in (1.0, 0.3):
+        same = d.loss(x0, t, tokens(3, 0), eps=eps, mask=torch.full_like(mask, even))
+        torch.testing.assert_close(same, plain, rtol=1e-6, atol=0)
+    for wrong in ((3, 4, 6, 5), (3, 1, 5, 6), (1, 1, 6, 5)):
+        with pytest.raises(ValueError, match=r"mask of shape .* expected \(3, 1, 6, 5\)"):
+            d.loss(x0, t, tokens(3, 0), eps=eps, mask=torch.ones(wrong))
+
+
+def test_nothing_is_learnt_where_the_mask_is_zero() -> None:
+    d = denoiser()
+    x0, mask = latents(), torch.ones(3, 1, 6, 5)
+    mask[:, :, :, 3:] = 0
+    inside = d.loss(x0, torch.full((3,), 0.4), tokens(3, 0), eps=torch.zeros_like(x0), mask=mask)
+    other = x0.clone()
+    other[:, :, :, 4] += 5  # too far for a 3 by 3 kernel to be seen inside the mask
+    same = d.loss(other, torch.full((3,), 0.4), tokens(3, 0), eps=torch.zeros_like(x0), mask=mask)
+    torch.testing.assert_close(inside, same, rtol=1e-6, atol=0)
+    assert (d.loss(other, torch.full((3,), 0.4), tokens(3, 0), eps=torch.zeros_like(x0)) > 2 * inside).all()
+
+
+def test_learned_variance_goes_with_a_mask() -> None:
+    """The bound's term is added as it is."""
+
+    class Double(nn.Module):
+        def forward(self, x: Tensor, time: Tensor, cond: Cond) -> Tensor:
+            return torch.cat([x * 0.5, torch.full_like(x, 0.2)], dim=1)
+
+    x0, eps, t = latents(), torch.randn(3, 4, 6, 5), torch.tensor([0.2, 0.5, 0.9])
+    path = DiscreteVP()
+    both = Denoiser(Double(), path, Eps(), TimeInput(1000, offset=-1), learned_variance=True)
+    mask = torch.rand(3, 1, 6, 5)
+
+    def simple(mask: Tensor | None) -> Tensor:
+        class Half(nn.Module):
+            def forward(self, x: Tensor, time: Tensor, cond: Cond) -> Tensor:
+                return x * 0.5
+
+        return Denoiser(Half(), path, Eps(), TimeInput(1000, offset=-1)).loss(x0, t, tokens(3, 0), eps=eps, mask=mask)
+
+    told = [both.loss(x0, t, tokens(3, 0), eps=eps, mask=m) - simple(m) for m in (mask, None)]
+    torch.testing.assert_close(told[0], told[1], rtol=1e-4, atol=1e-5)
+    assert (simple(mask) - simple(None)).abs().max() > 1e-3 and told[0].abs().max() > 1e-4

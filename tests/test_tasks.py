@@ -32,6 +32,7 @@ from pipelines.core import start_latents
 from pipelines.text_to_image import TextToImagePipeline
 from training import loop
 from training.batches import Stream, to_unit
+from training.cache import make_cache
 from training.checkpoint import CheckpointError, listed
 from training.config import load, parse
 from training.data import DataError
@@ -499,3 +500,41 @@ def test_the_loss_is_that_of_the_equation(made: Made, tmp_path: Path) -> None:
     w = t.view(-1, 1, 1, 1)
     out = task.parts.net((1 - w) * x0 + w * eps, torch.floor(1000 * t), task.parts.text.encode(rows.captions))
     assert loss.item() == pytest.approx((out - (eps - x0)).square().mean().item(), rel=1e-5)
+
+
+# --- encoded at each step --------------------------------------------------------------------------------------------
+
+
+def test_a_run_without_a_cache_learns_what_a_run_with_one_learns(made: Made, tmp_path: Path) -> None:
+    """The same numbers go in but for rounding, mirrored and dropped alike; and in half precision nearly the same."""
+    losses = {}
+    for name, how in {
+        "cached": {}, "live": {"latents": False, "text": False}, "half": {"precision": "fp16"}, "worker": {},
+    }.items():  # fmt: skip
+        changes = {
+            "train__images": 96,
+            "train__validate_every": 96,
+            "train__sample_every": 96,
+            "data__random_flip": True,
+        }
+        raw = made.variant("unet", tmp_path / name, **changes, train__num_workers=int(name == "worker"), cache=how)
+        train_all([parse(raw, "unet")])
+        rows = [json.loads(line) for line in (tmp_path / name / "log/metrics.jsonl").read_text().splitlines()]
+        losses[name] = [row[key] for row in rows for key in ("loss", "held_out_loss", "train_fixed_loss") if key in row]
+        assert len(losses[name]) == 4
+        assert (tmp_path / name / "cache").exists() == (name != "live")
+    assert losses["worker"] == losses["cached"]
+    assert losses["live"] == pytest.approx(losses["cached"], rel=1e-4)
+    assert losses["half"] == pytest.approx(losses["cached"], rel=1e-2) and losses["half"] != losses["cached"]
+
+
+def test_a_cache_made_ahead_is_what_the_run_reads(made: Made, tmp_path: Path) -> None:
+    shared = tmp_path / "shared"
+    changes = {"train__images": 24, "train__sample_every": 10**6, "cache__dir": str(shared)}
+    config = parse(made.variant("dit", tmp_path / "dit", **changes), "dit")
+    counts = make_cache(config, *open_data(config), accelerator())
+    assert (counts["pictures_made"], counts["texts_made"]) == (24 + 6, 24 + 1)  # held-out captions are known by then
+    before = {x.name: x.read_bytes() for x in shared.rglob("*.npy")}
+    train_all([config])
+    assert {x.name: x.read_bytes() for x in shared.rglob("*.npy")} == before
+    assert not (tmp_path / "dit/cache").exists()

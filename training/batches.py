@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from ldm import rng
+
+from .captions import chosen
+from .schema import Data
+from .store import Reader
 
 Pairs = Sequence[tuple[int, int]]  # (image index in the run, row)
 
@@ -18,7 +23,7 @@ Pairs = Sequence[tuple[int, int]]  # (image index in the run, row)
 class Stream:
     """One stream of random numbers for each purpose: (seed, stream, image index) decides every draw."""
 
-    NOISE, TIME, POSTERIOR, CAPTION, FLIP, CROP = range(6)
+    NOISE, TIME, POSTERIOR, CAPTION, FLIP, CROP, VARIANT, TAGS = range(8)
 
 
 class Pictures(Protocol):
@@ -26,6 +31,24 @@ class Pictures(Protocol):
     def captions(self) -> Sequence[str]: ...
     def __len__(self) -> int: ...
     def pictures(self, indices: Sequence[int]) -> Tensor: ...  # uint8 (B, 3, H, W)
+
+
+class Captioned(Pictures, Protocol):
+    """Rows in buckets of one shape each, as ``data.Rows`` has them."""
+
+    @property
+    def data(self) -> Data: ...
+    @property
+    def shapes(self) -> Sequence[tuple[int, int]]: ...  # of the buckets, in pixels
+    @property
+    def bucket(self) -> np.ndarray: ...  # (N,)
+    @property
+    def texts(self) -> Sequence[tuple[str, ...]]: ...  # every row's captions
+    @property
+    def fingerprint(self) -> str: ...
+    def digest(self, i: int) -> bytes: ...  # 16 bytes, of the picture and how it is cut
+    def size_ids(self, indices: Sequence[int]) -> Tensor: ...  # (B, 6)
+    def masks(self, indices: Sequence[int]) -> Tensor | None: ...  # (B, 1, H, W) in [0, 1]
 
 
 def _numbers(pairs: Pairs) -> tuple[Tensor, Tensor]:
@@ -84,48 +107,169 @@ def random_crop(pictures: Tensor, size: int, u: Tensor) -> Tensor:
     return pictures[batch, :, y[:, :, None], x[:, None, :]].permute(0, 3, 1, 2)
 
 
-class Encoded(NamedTuple):
-    """A data set after its encoders, memory-mapped. The last caption is the empty one.
+# --- latents and text ------------------------------------------------------------------------------------------------
 
-    moments: (F·N, 2C, h, w) means and log variances of the raw latents; the second N are the mirrored pictures.
-    tokens: (U, L, D) of the distinct captions; pooled: (U, P); bias: (U, L).
-    caption: (N,) which of them a row has.
+
+class CachedRows:
+    """One field of a store by row: a picture's moments, or its mask.
+
+    Args:
+        slots: (N, sides): in ``reader``, of each row as it is and, with two sides, mirrored.
     """
 
-    moments: np.ndarray
-    tokens: np.ndarray
-    caption: np.ndarray
-    pooled: np.ndarray | None = None
-    bias: np.ndarray | None = None
+    def __init__(self, reader: Reader, slots: np.ndarray, field: str):
+        self.reader, self.slots, self.field = reader, slots, field
+
+    def __call__(self, row: np.ndarray, side: np.ndarray | int = 0) -> Tensor:
+        return self.reader.gather(self.slots[row, side])[self.field]
+
+
+class CachedTexts:
+    """Text embeddings by row and caption.
+
+    Args:
+        slots: (P,) in ``reader`` of all rows' captions, one row after the other; of a caption in pieces, each piece.
+        starts: (N + 1,) where each row's captions begin among all M of them, and the end.
+        null: slot of the null prompt.
+        parts: (M + 1,) where each caption's pieces begin among the slots, and the end; None where each is one.
+    """
+
+    def __init__(
+        self, reader: Reader, slots: np.ndarray, starts: np.ndarray, null: int, parts: np.ndarray | None = None
+    ):
+        self.reader, self.slots, self.starts, self.null, self.parts = reader, slots, starts, null, parts
+
+    def __call__(self, row: np.ndarray, caption: np.ndarray, dropped: np.ndarray | None = None) -> dict[str, Tensor]:
+        at = self.starts[row] + caption  # (B,)
+        dropped = np.zeros(len(row), bool) if dropped is None else dropped
+        if self.parts is None:
+            return self.reader.gather(np.where(dropped, self.null, self.slots[at]))
+        counts = np.where(dropped, 1, self.parts[at + 1] - self.parts[at])
+        piece = np.arange(counts.max())  # (K,)
+        slots = self.slots[np.minimum(self.parts[at][:, None] + piece, len(self.slots) - 1)]  # (B, K)
+        slots = np.where(dropped[:, None] | (piece >= counts[:, None]), self.null, slots)
+        found = self.reader.gather(slots.reshape(-1))
+        return joined({k: x.unflatten(0, slots.shape) for k, x in found.items()}, torch.from_numpy(counts))
+
+
+def joined(pieces: dict[str, Tensor], counts: Tensor) -> dict[str, Tensor]:
+    """Embeddings of captions that were read in pieces: all their tokens in a row, and the first one's ``pooled``.
+
+    Args:
+        pieces: each (B, K, …); of row b the first ``counts[b]`` are its own, the others are hidden by ``bias``.
+        counts: (B,).
+    """
+    tokens = pieces["tokens"]  # (B, K, L, D)
+    several = tokens.shape[1] > 1
+    hidden = torch.arange(tokens.shape[1], device=tokens.device) >= counts.to(tokens.device)[:, None]  # (B, K)
+    out = {"tokens": (tokens.masked_fill(hidden[:, :, None, None], 0) if several else tokens).flatten(1, 2)}
+    if "pooled" in pieces:
+        out["pooled"] = pieces["pooled"][:, 0]
+    if "bias" in pieces or several:
+        bias = pieces.get("bias", tokens.new_zeros(tokens.shape[:3], dtype=torch.float32))  # (B, K, L)
+        out["bias"] = bias.masked_fill(hidden[:, :, None], -torch.inf).flatten(1)
+    return out
 
 
 class LatentBatches(Dataset):
-    """Cached moments and text embeddings; captions are dropped to the empty one for classifier-free guidance.
+    """What the denoiser trains on: from the cache, or pictures and captions for the task to encode.
+
+    A batch has ``moments`` (B, 2C, h, w) of the raw latents, means and log variances, or ``pictures`` (B, 3, H, W) in
+    [-1, 1]; ``tokens`` (B, L, D) with ``pooled`` (B, P) and ``bias`` (B, L) where there are such, or ``captions``, a
+    list of text; ``size_ids`` (B, 6) if asked for; ``mask`` (B, 1, h, w) where the rows have masks.
 
     Args:
-        encoded: the cache.
-        dropout: share of images whose caption is dropped (Ho and Salimans 2022, alg. 1).
+        rows: whose shapes differ between buckets only; a batch is of one bucket.
+        factor: pixels per latent.
+        latents, texts, masks: the caches; None for what is encoded by the task.
+        dropout: share of images whose embedding becomes the null prompt's, for classifier-free guidance (Ho and
+            Salimans 2022, alg. 1). Captions that the task encodes are dropped there, by ``dropped``.
+        flip: mirror half of the pictures.
+        sizes: tell SDXL's size conditions.
     """
 
-    def __init__(self, encoded: Encoded, seed: int, *, dropout: float = 0.0, flip: bool = False):
-        self.encoded, self.seed, self.dropout, self.flip = encoded, seed, dropout, flip
+    def __init__(
+        self,
+        rows: Captioned,
+        seed: int,
+        *,
+        factor: int = 8,
+        latents: CachedRows | None = None,
+        texts: CachedTexts | None = None,
+        masks: CachedRows | None = None,
+        dropout: float = 0.0,
+        flip: bool = False,
+        sizes: bool = False,
+    ):
+        self.rows, self.seed, self.factor, self.dropout, self.flip, self.sizes = (
+            rows,
+            seed,
+            factor,
+            dropout,
+            flip,
+            sizes,
+        )
+        self.latents, self.texts, self.masks = latents, texts, masks
+        self.masked = masks is not None or (latents is None and rows.masks([0]) is not None)
 
     def __len__(self) -> int:
-        return len(self.encoded.caption)
+        return len(self.rows)
 
-    def __getitems__(self, pairs: Pairs) -> dict[str, Tensor]:
+    @property
+    def bucket(self) -> np.ndarray:
+        return self.rows.bucket
+
+    def __getitems__(self, pairs: Pairs) -> dict[str, Any]:
         index, row = _numbers(pairs)
-        picture, caption = row.numpy(), self.encoded.caption[row.numpy()]
-        if self.flip:
-            mirrored = rng.uniform(self.seed, index, (), Stream.FLIP).numpy() < 0.5
-            picture = np.where(mirrored, picture + len(self), picture)
-        if self.dropout:
-            dropped = rng.uniform(self.seed, index, (), Stream.CAPTION).numpy() < self.dropout
-            caption = np.where(dropped, len(self.encoded.tokens) - 1, caption)
-        batch = {"index": index, "row": row, "moments": torch.from_numpy(self.encoded.moments[picture])}
-        batch["tokens"] = torch.from_numpy(self.encoded.tokens[caption])
-        if self.encoded.pooled is not None:
-            batch["pooled"] = torch.from_numpy(self.encoded.pooled[caption])
-        if self.encoded.bias is not None:
-            batch["bias"] = torch.from_numpy(self.encoded.bias[caption])
+        at = row.numpy()
+        u_flip, u_caption, u_variant = uniforms(self.seed, index.numpy(), Stream.FLIP, Stream.CAPTION, Stream.VARIANT)
+        mirrored = (u_flip < 0.5) & self.flip  # (B,)
+        batch: dict[str, Any] = {"index": index, "row": row}
+        if self.latents is None:
+            batch["pictures"] = to_unit(_mirror(self.rows.pictures(at.tolist()), mirrored))
+        else:
+            batch["moments"] = self.latents(at, mirrored.astype(np.int64) if self.flip else 0)
+        if self.texts is None:
+            texts = [self.rows.texts[i] for i in at.tolist()]
+            batch["captions"] = chosen(texts, index, self.seed, self.rows.data)
+        else:
+            variant = _one_of(u_variant, self.texts.starts[at + 1] - self.texts.starts[at])
+            batch |= self.texts(at, variant, u_caption < self.dropout if self.dropout else None)
+        if self.masked:
+            mask = self.masks(at) if self.masks else latent_masks(self.rows, at.tolist(), self.factor)
+            batch["mask"] = _mirror(mask, mirrored)
+        if self.sizes:
+            batch["size_ids"] = self.rows.size_ids(at.tolist())
         return batch
+
+
+def uniforms(seed: int, index: np.ndarray, *streams: int) -> np.ndarray:
+    """``rng.uniform(seed, index, (), stream)`` of several streams at once, (S, B): the same bits in a quarter of the
+    time, of which a small batch would else take most."""
+    words: Any = (np.zeros((1, 1), np.int64), np.array(streams)[:, None], index & rng.WORD, (index >> 32) & rng.WORD)
+    word = rng.philox(words, (seed & rng.WORD, seed >> 32))[0]
+    return (((word >> 9) + 0.5) * 2**-23).astype(np.float32)
+
+
+def dropped(seed: int, index: Tensor, share: float) -> Tensor:
+    """(B,) which images' captions become the null prompt."""
+    return rng.uniform(seed, index, (), Stream.CAPTION) < share
+
+
+def latent_masks(rows: Captioned, indices: Sequence[int], factor: int) -> Tensor:
+    """The rows' masks (B, 1, h, w): each latent's is the mean over its pixels."""
+    masks = rows.masks(indices)
+    if masks is None:
+        raise ValueError("masks: some rows have them, others not")
+    return F.avg_pool2d(masks.float(), factor)
+
+
+def _one_of(u: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """Uniforms in (0, 1) -> whole numbers below the counts. In float64: float32 would round up to the count."""
+    return (u.astype(np.float64) * counts).astype(np.int64)
+
+
+def _mirror(pictures: Tensor, mirrored: np.ndarray) -> Tensor:
+    if not mirrored.any():
+        return pictures
+    return torch.where(torch.from_numpy(mirrored)[:, None, None, None], pictures.flip(-1), pictures)

@@ -1,98 +1,399 @@
-"""Latents and text embeddings, computed once and kept beside the run, keyed by everything that they depend on."""
+"""Latents and text embeddings, computed once by all processes and kept by the content that they were made of."""
 
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
-import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from numpy.lib.format import open_memmap
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list, gather_object
+from rich.console import Console
 from rich.progress import track
-from torch import nn
 
 from ldm.cond import Cond
-from ldm.models.text import TextEncoder
-from ldm.models.vae import VAE
 
-from .batches import Encoded, Pictures, to_unit
-from .checkpoint import replace_folder
+from .batches import CachedRows, CachedTexts, Captioned, latent_masks, to_unit
+from .captions import check_lengths
+from .encoders import About, Encoders, pieces
+from .fit import ConfigError
+from .schema import DiffusionConfig
+from .store import KEY, Store, as_stored
+from .tables import DataError
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
+Fields = dict[str, np.ndarray]
+
+ROWS = 1024  # in a shard as it is made: what a killed run loses at most, per process
+BYTES = 2**26  # or so many
+BATCH = 32  # pictures or captions through an encoder at once
+PIXELS = 2**21  # or so many
+LAYOUT = 1  # of what is stored; another one is another folder
+NULL = hashlib.blake2b(b"", digest_size=16, person=b"null prompt").digest()
 
 
-def weights_hash(*modules: nn.Module) -> str:
-    """SHA-256 over the names and bytes of all parameters and buffers."""
-    digest = hashlib.sha256()
-    for module in modules:
-        for name, tensor in sorted(module.state_dict().items()):
-            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+@dataclass(frozen=True)
+class Together:
+    """The processes that share the work."""
+
+    rank: int = 0
+    world: int = 1
+    wait: Callable[[], None] = lambda: None
+
+    @classmethod
+    def of(cls, accelerator: Accelerator) -> Together:
+        return cls(accelerator.process_index, accelerator.num_processes, accelerator.wait_for_everyone)
+
+    def told(self, find: Callable[[], T]) -> T:
+        """What the first process finds."""
+        if self.world == 1:
+            return find()
+        box = [find() if self.rank == 0 else None]
+        broadcast_object_list(box, from_process=0)
+        return box[0]  # type: ignore[return-value]
+
+    def shared(self, jobs: Sequence[T], what: str) -> Iterator[T]:
+        """This process's jobs: every ``world``-th. All wait in each round: who waited at the end alone might wait
+        longer than the process group allows."""
+        rounds, quiet = range(0, len(jobs), self.world), self.rank > 0 or not jobs
+        for first in track(rounds, what, transient=True, console=Console(stderr=True), disable=quiet):
+            yield from jobs[first + self.rank : first + self.rank + 1]
+            self.wait()
+
+    def sum(self, number: int) -> int:
+        return number if self.world == 1 else sum(gather_object([number]))
 
 
-@torch.no_grad()
-def encode(
-    rows: Pictures, fingerprint: str, vae: VAE, text: TextEncoder, root: Path, *, flip: bool = False, batch: int = 32
-) -> Encoded:
-    """The rows' moments and captions through the encoders, from ``root/KEY`` where they are there already.
+@dataclass(frozen=True)
+class Caches:
+    """What a task reads; None is encoded live."""
+
+    latents: CachedRows | None
+    texts: CachedTexts | None
+    masks: CachedRows | None
+
+
+def root_of(config: DiffusionConfig) -> Path:
+    return Path(config.cache.dir or Path(config.output_dir) / "cache")
+
+
+def make_cache(config: DiffusionConfig, train: Any, held_out: Any, accelerator: Accelerator) -> dict[str, int]:
+    """``ldm cache``: encode what is missing, by all processes together, and train nothing.
+
+    Returns:
+        ``pictures_made``, ``pictures_taken_up``, ``texts_made``, ``texts_taken_up``; ``bytes`` on disk of the folders
+        that this config uses.
+    Raises:
+        ConfigError: captions are to be cached that are another each time.
+        DataError: a picture no longer decodes, a caption is longer than allowed, or a number does not fit into the
+            precision asked for.
+    """
+    encoders, together = Encoders(config, accelerator.device), Together.of(accelerator)
+    about = together.told(encoders.about)
+    splits = [(train, config.data.random_flip), (held_out, False)]
+    _, counts = open_caches(config, splits, encoders, about, together)
+    encoders.free()
+    return counts
+
+
+def open_caches(
+    config: DiffusionConfig,
+    splits: Sequence[tuple[Captioned, bool]],
+    encoders: Encoders,
+    about: About,
+    together: Together,
+) -> tuple[list[Caches], dict[str, int]]:
+    """Make what is missing, and open it.
 
     Args:
-        fingerprint: of the rows' content.
-        flip: also encode the mirrored pictures.
-        batch: pictures per call of the autoencoder.
+        splits: rows, and whether their mirrored pictures are wanted too.
+        encoders: asked only where something is missing.
+    Returns:
+        The caches of each split, and counts as of ``make_cache``.
     """
-    about = {
-        "rows": fingerprint,
-        "vae": weights_hash(vae),
-        "text": weights_hash(text.model),
-        "family": [text.family, text.width, text.max_length],
-        "flip": flip,
-    }
-    folder = root / hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
-    if not folder.is_dir():
-        partial = folder.with_name(folder.name + ".partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        _encode_pictures(partial / "moments.npy", rows, vae, flip, batch)
-        _encode_captions(partial, rows.captions, text, batch)
-        (partial / "about.json").write_text(json.dumps(about, indent=1))
-        replace_folder(partial, folder)
-    arrays: dict[str, Any] = {f.stem: np.load(f, mmap_mode="r") for f in folder.glob("*.npy")}
-    return Encoded(**arrays)
+    how, root, policy = config.cache, root_of(config), config.data.long_captions
+    pictures = Store(root / f"pictures-{_name(about.vae, how.precision)}")
+    texts = Store(root / f"texts-{_name(about.text, how.precision)}")
+    masks = Store(root / f"masks-{_name(about.factor)}")
+    if how.text and any(rows.data.shuffle_tags for rows, _ in splits):
+        raise ConfigError("data.shuffle_tags makes another caption of it each time: set cache.text: false")
+    if policy == "refuse":
+        together.told(lambda: [_refuse_long(rows, encoders) for rows, _ in splits])
+    counts: dict[str, int] = {"pictures_made": 0, "pictures_taken_up": 0, "texts_made": 0, "texts_taken_up": 0}
+    plans = [_Plan(1 + flip) for _, flip in splits]
+    for (rows, flip), plan in zip(splits, plans, strict=True):
+        if how.latents:
+            plan.pictures = picture_keys(rows, flip)
+            made = _fill_pictures(pictures, rows, plan.pictures, encoders, about, how.precision, together)
+            counts["pictures_made"] += made
+            counts["pictures_taken_up"] += len(np.unique(plan.pictures)) - made
+            if rows.masks([0]) is not None:
+                plan.masks = mask_keys(rows)
+                _fill_masks(masks, rows, plan.masks, about.factor, together)
+        if how.text:
+            find = partial(words_of, rows, encoders, policy)
+            plan.words = together.told(find) if policy == "chunk" else find()  # pieces need the tokenizer
+            made = _fill_texts(texts, rows, plan.words, encoders, about, how.precision, together)
+            counts["texts_made"] += made
+            counts["texts_taken_up"] += len(np.unique(plan.words.keys)) - made
+    for store, used in (
+        (pictures, [plan.pictures for plan in plans if plan.pictures is not None]),
+        (texts, [plan.words.keys for plan in plans if plan.words]),
+        (masks, [plan.masks for plan in plans if plan.masks is not None]),
+    ):
+        if used:
+            _tidy(store, np.concatenate(used) if how.prune else None, together)
+    opened = [plan.open(pictures, texts, masks) for plan in plans]
+    counts["bytes"] = sum(store.bytes for store in (pictures, texts, masks))
+    return opened, counts
 
 
-def _encode_pictures(file: Path, rows: Pictures, vae: VAE, flip: bool, batch: int) -> None:
-    total, out = len(rows), None
-    for first in track(range(0, total, batch), description="encoding pictures", transient=True):
-        pictures = to_unit(rows.pictures(list(range(first, min(first + batch, total))))).to(vae.device, vae.dtype)
-        for side in range(1 + flip):
-            moments = vae.encode(pictures.flip(-1) if side else pictures)
-            both = torch.cat([moments.mean, moments.log_var], dim=1).float().cpu().numpy()  # (B, 2C, h, w)
-            if out is None:
-                out = open_memmap(file, "w+", dtype=np.float32, shape=(total * (1 + flip), *both.shape[1:]))
-            out[side * total + first : side * total + first + len(both)] = both
-    if out is not None:
-        out.flush()
+@dataclass
+class _Plan:
+    """The keys of a split, and how many sides its pictures have."""
+
+    sides: int
+    pictures: np.ndarray | None = None
+    words: Words | None = None
+    masks: np.ndarray | None = None
+
+    def open(self, pictures: Store, texts: Store, masks: Store) -> Caches:
+        latents = captions = regions = None
+        if self.pictures is not None:
+            reader = pictures.open(self.pictures)
+            latents = CachedRows(reader, reader.slots.reshape(-1, self.sides), "moments")
+        if self.masks is not None:
+            reader = masks.open(self.masks)
+            regions = CachedRows(reader, reader.slots[:, None], "mask")
+        if self.words is not None:
+            reader, words = texts.open(self.words.keys), self.words
+            captions = CachedTexts(reader, reader.slots[1:], words.starts, int(reader.slots[0]), words.parts)
+        return Caches(latents, captions, regions)
 
 
-def _encode_captions(folder: Path, captions: Iterable[str], text: TextEncoder, batch: int) -> None:
-    captions = list(captions)
-    distinct = [c for c in dict.fromkeys(captions) if c] + [""]
-    number = {caption: i for i, caption in enumerate(distinct)}
-    cut = sum(n > text.max_length for n in text.count_tokens(distinct))
-    if cut:
-        log.warning("%d captions have more than %d tokens; their ends are cut", cut, text.max_length)
-    parts = [text.encode(distinct[i : i + batch]) for i in range(0, len(distinct), batch)]
-    np.save(folder / "caption.npy", np.array([number[c] for c in captions]))
-    together = Cond.cat(parts)
-    np.save(folder / "tokens.npy", together.tokens.float().cpu().numpy())
-    if together.pooled is not None:
-        np.save(folder / "pooled.npy", together.pooled.float().cpu().numpy())
-    if together.bias is not None:
-        np.save(folder / "bias.npy", together.bias.float().cpu().numpy())
+# --- keys ------------------------------------------------------------------------------------------------------------
+
+
+def picture_keys(rows: Captioned, flip: bool) -> np.ndarray:
+    """(N,), or with ``flip`` (2 N,): each picture and then its mirror image, whose last bit is the other one."""
+    keys = np.frombuffer(b"".join(rows.digest(i) for i in range(len(rows))), KEY)
+    if not flip:
+        return keys
+    both = keys.repeat(2).view(np.uint8).reshape(-1, 2, 16)
+    both[:, 1, 15] ^= 1
+    return both.reshape(-1).view(KEY)
+
+
+@dataclass(frozen=True)
+class Words:
+    """All that is read of the rows' captions.
+
+    keys: (1 + P,): the null prompt, then every caption, or each of its pieces. starts: (N + 1,) where each row's
+    captions begin among all M. parts: (M + 1,) where each caption's pieces begin among the P; None where each is one.
+    """
+
+    keys: np.ndarray
+    starts: np.ndarray
+    parts: np.ndarray | None = None
+
+    def caption(self, position: int) -> tuple[int, int, int]:
+        """Row, caption of it and piece of that, of a position in ``keys``."""
+        place = position - 1
+        at = place if self.parts is None else int(np.searchsorted(self.parts, place, side="right")) - 1
+        row = int(np.searchsorted(self.starts, at, side="right")) - 1
+        return row, at - int(self.starts[row]), 0 if self.parts is None else place - int(self.parts[at])
+
+
+def words_of(rows: Captioned, encoders: Encoders, policy: str) -> Words:
+    """Every caption, or with the policy ``chunk`` its pieces."""
+    found, starts, parts = bytearray(NULL), np.zeros(len(rows) + 1, np.int64), [0]
+    for i, texts in enumerate(rows.texts):
+        starts[i + 1] = starts[i] + len(texts)
+        read = pieces(encoders.text, texts, policy) if policy == "chunk" else [[x] for x in texts]
+        for one in read:
+            for x in one:
+                found += hashlib.blake2b(x.encode("utf-8", "surrogatepass"), digest_size=16).digest()
+            if policy == "chunk":
+                parts.append(parts[-1] + len(one))
+    return Words(np.frombuffer(bytes(found), KEY), starts, np.array(parts) if policy == "chunk" else None)
+
+
+def _refuse_long(rows: Captioned, encoders: Encoders) -> None:
+    every = (x for texts in rows.texts for x in texts)
+    check_lengths(every, encoders.text.count_tokens, encoders.text.max_length, "refuse")
+
+
+def mask_keys(rows: Captioned) -> np.ndarray:
+    """(N,): of the data set and the row's number, since a mask has no digest of its own."""
+    keys = np.empty((len(rows), 2), ">u8")
+    keys[:, 0] = int.from_bytes(hashlib.blake2b(rows.fingerprint.encode(), digest_size=8).digest(), "big")
+    keys[:, 1] = np.arange(len(rows))
+    return keys.reshape(-1).view(KEY)
+
+
+def _name(*what: Any) -> str:
+    return hashlib.blake2b(repr((LAYOUT, *what)).encode(), digest_size=8).hexdigest()
+
+
+# --- what is missing -------------------------------------------------------------------------------------------------
+
+
+def fill(
+    store: Store,
+    keys: np.ndarray,
+    encode: Callable[[np.ndarray], Fields],
+    together: Together,
+    *,
+    group: np.ndarray | None = None,
+    size: Callable[[int], int] = lambda _: ROWS,
+    what: str,
+) -> int:
+    """Encode the keys that ``store`` lacks, by all processes.
+
+    Blocks are cut from the missing keys in their order, so that a run that goes on after a kill makes those that are
+    left of the same rows, and so of the same bits.
+
+    Args:
+        encode: positions in ``keys`` -> the rows of a shard.
+        group: (N,) of the keys: a block is of one group. All are of one if None.
+        size: of a group: rows in a block.
+        what: for the progress bar.
+    Returns:
+        How many rows were missing.
+    """
+
+    def look() -> np.ndarray:
+        store.sweep()
+        return store.missing(keys)
+
+    missing = together.told(look)
+    blocks = list(_blocks(missing, group, size))
+    for block in together.shared(blocks, f"encoding {what}"):
+        store.write(keys[block], encode(block))
+    return len(missing)
+
+
+def _tidy(store: Store, used: np.ndarray | None, together: Together) -> None:
+    for part in together.shared(together.told(lambda: store.to_join(used)), "putting shards together"):
+        store.join(part)
+
+
+def _blocks(missing: np.ndarray, group: np.ndarray | None, size: Callable[[int], int]) -> Iterator[np.ndarray]:
+    groups = np.zeros(len(missing), np.int64) if group is None else group[missing]
+    for one in np.unique(groups):
+        rows, step = missing[groups == one], size(int(one))
+        yield from (rows[i : i + step] for i in range(0, len(rows), step))
+
+
+def _fill_pictures(
+    store: Store,
+    rows: Captioned,
+    keys: np.ndarray,
+    encoders: Encoders,
+    about: About,
+    precision: str,
+    together: Together,
+) -> int:
+    sides = len(keys) // len(rows)
+
+    def size(bucket: int) -> int:
+        h, w = rows.shapes[bucket]
+        bytes_each = 2 * about.channels * (h // about.factor) * (w // about.factor) * (4 if precision == "fp32" else 2)
+        return max(sides, min(ROWS, BYTES // bytes_each) // sides * sides)  # both sides of a picture are made at once
+
+    @torch.no_grad()
+    def encode(block: np.ndarray) -> Fields:
+        vae = encoders.vae
+        row, side = np.divmod(block, sides)
+        h, w = rows.shapes[int(rows.bucket[row[0]])]
+        step, out = max(1, min(BATCH, PIXELS // (h * w))), []
+        parts = [(row[i : i + step], side[i : i + step]) for i in range(0, len(block), step)]
+        for (_, mirrored), pictures in _ahead(partial(_distinct_pictures, rows), parts):
+            x = to_unit(pictures).to(vae.device, vae.dtype)
+            flipped = torch.from_numpy(mirrored == 1).to(x.device)[:, None, None, None]
+            moments = vae.encode(torch.where(flipped, x.flip(-1), x))
+            out.append(torch.cat([moments.mean, moments.log_var], dim=1).float().cpu())  # (B, 2C, h, w)
+        return {"moments": _stored(torch.cat(out), precision, "a picture's latents")}
+
+    group = rows.bucket.repeat(sides)
+    return fill(store, keys, encode, together, group=group, size=size, what="pictures")
+
+
+def _distinct_pictures(rows: Captioned, part: tuple[np.ndarray, np.ndarray]) -> torch.Tensor:
+    """Each decoded once, though both its sides are asked for."""
+    distinct, place = np.unique(part[0], return_inverse=True)
+    return rows.pictures(distinct.tolist())[torch.from_numpy(place)]
+
+
+def _fill_texts(
+    store: Store,
+    rows: Captioned,
+    words: Words,
+    encoders: Encoders,
+    about: About,
+    precision: str,
+    together: Together,
+) -> int:
+    cut = np.zeros(1, np.int64)
+
+    def text_at(position: int) -> str:
+        row, caption, piece = words.caption(position)
+        whole = rows.texts[row][caption]
+        return whole if words.parts is None else pieces(encoders.text, [whole], "chunk")[0][piece]
+
+    @torch.no_grad()
+    def encode(block: np.ndarray) -> Fields:
+        text = encoders.text
+        found = [text.null()] if block[0] == 0 else []
+        texts = [text_at(position) for position in block[block > 0].tolist()]
+        for i in range(0, len(texts), BATCH):
+            found.append(text.encode(texts[i : i + BATCH]))
+            cut[0] += sum(n > text.max_length for n in text.count_tokens(texts[i : i + BATCH]))
+        cond = Cond.cat([x.to("cpu") for x in found])
+        out = {"tokens": _stored(cond.tokens, precision, "a caption's embedding")}
+        if cond.pooled is not None:
+            out["pooled"] = _stored(cond.pooled, precision, "a caption's pooled embedding")
+        if cond.bias is not None:
+            out["bias"] = as_stored(cond.bias, "fp32")  # rounded, log 256 would no longer count 256 tokens
+        return out
+
+    bytes_each = about.tokens * about.width * (4 if precision == "fp32" else 2)
+    step = max(1, min(ROWS, BYTES // bytes_each))
+    missing = fill(store, words.keys, encode, together, size=lambda _: step, what="captions")
+    total = together.sum(int(cut[0]))
+    if total and together.rank == 0:
+        log.warning("%d captions have more than %d tokens; their ends are cut", total, about.length)
+    return missing
+
+
+def _fill_masks(store: Store, rows: Captioned, keys: np.ndarray, factor: int, together: Together) -> None:
+    def encode(block: np.ndarray) -> Fields:
+        parts = [latent_masks(rows, block[i : i + BATCH].tolist(), factor) for i in range(0, len(block), BATCH)]
+        return {"mask": torch.cat(parts).numpy()}
+
+    fill(store, keys, encode, together, group=rows.bucket, what="masks")
+
+
+def _stored(x: torch.Tensor, precision: str, what: str) -> np.ndarray:
+    try:
+        return as_stored(x, precision)
+    except ValueError as error:
+        raise DataError(f"cache.precision {precision}: {what} holds a number of {error}; take bf16 or fp32") from error
+
+
+def _ahead(work: Callable[[Any], T], jobs: Sequence[Any]) -> Iterator[tuple[Any, T]]:
+    """Each job and its result, while the next one is already being worked on."""
+    with ThreadPoolExecutor(1) as pool:
+        coming = None
+        for i, job in enumerate(jobs):
+            result = (coming or pool.submit(work, job)).result()
+            coming = pool.submit(work, jobs[i + 1]) if i + 1 < len(jobs) else None
+            yield job, result

@@ -1,4 +1,4 @@
-"""Checkpoints: written beside and renamed, complete, hashed; a half-written one is never seen."""
+"""Checkpoints: written beside and renamed, complete, hashed; a half-written one is never seen. No pickle, ever."""
 
 from __future__ import annotations
 
@@ -6,17 +6,32 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Collection
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch.distributed as dist
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from . import sharded
+
 MANIFEST = "manifest.json"
+BEST = "best.json"
+Files = dict[str, dict[str, Tensor]]  # file name -> flat state dict
 
 
 class CheckpointError(ValueError):
     """A checkpoint that cannot be used; the message names the file and what can be done."""
+
+
+class Keep(NamedTuple):
+    """Which checkpoints stay: the newest ``last``, the first of every ``every`` images, and the one in best.json."""
+
+    last: int
+    every: int | None = None
 
 
 def file_hash(file: Path) -> str:
@@ -45,60 +60,219 @@ def replace_folder(partial: Path, final: Path) -> None:
         if old.exists():
             old.rename(final)
         raise
+    _sync_folder(final.parent)  # the names too survive a loss of power
     shutil.rmtree(old, ignore_errors=True)
 
 
-def save(root: Path, images: int, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any], keep_last: int) -> Path:
-    """Write ``root/images_000012345`` and delete all but the newest ``keep_last``.
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+# --- writing ---------------------------------------------------------------------------------------------------------
+
+
+def save(root: Path, images: int, tensors: Files, state: dict[str, Any], keep: Keep, best: Any = None) -> Path:
+    """Write ``root/images_000012345`` and delete those that ``keep`` does not hold.
+
+    Where tensors are shared out among processes (DTensor), every process calls this, and each writes its own shards.
 
     Args:
-        tensors: file name -> flat state dict, each written as NAME.safetensors.
+        tensors: each written as NAME.safetensors, or as a folder NAME of such files where they are shared out.
         state: what is not tensors, as JSON.
+        best: what made this the best one so far; written to ``root/best.json``, which then names this folder.
     Raises:
         OSError: the disk is full; what was there before is intact and nothing half-written is left.
     """
     final = root / f"images_{images:09d}"
     partial = root / (final.name + ".partial")
-    for left in root.glob("images_*.*"):  # by a run that was killed
-        shutil.rmtree(left, ignore_errors=True)
-    partial.mkdir(parents=True)
+    main, split = sharded.is_main(), [name for name, flat in tensors.items() if sharded.is_split(flat)]
+    if main:
+        for left in root.glob("images_*.*"):  # by a run that was killed
+            shutil.rmtree(left, ignore_errors=True)
+        partial.mkdir(parents=True)
     try:
-        for name, flat in tensors.items():
-            save_file({k: v.detach().contiguous().clone() for k, v in flat.items()}, partial / f"{name}.safetensors")
-        (partial / "state.json").write_text(json.dumps(state, indent=1))
-        hashes = {f.name: file_hash(f) for f in sorted(partial.iterdir())}
-        (partial / MANIFEST).write_text(json.dumps(hashes, indent=1))
+        if split:
+            dist.barrier()  # the folder is there
+            for name in split:
+                sharded.save(partial / name, tensors[name])
+        if not main:
+            return final
+        for name in tensors.keys() - set(split):
+            flat = {k: v.detach().contiguous().clone() for k, v in tensors[name].items()}
+            save_file(flat, partial / f"{name}.safetensors")
+        (partial / "state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
+        files = sorted(f for f in partial.rglob("*") if f.is_file())
+        hashes = {f.relative_to(partial).as_posix(): file_hash(f) for f in files}
+        (partial / MANIFEST).write_text(json.dumps(hashes, indent=1), encoding="utf-8")
         replace_folder(partial, final)
+        if best is not None:
+            beside = root / "best.json.partial"
+            beside.write_text(json.dumps({"folder": final.name, "best": best}), encoding="utf-8")
+            beside.replace(root / BEST)
+    except (OSError, SafetensorError) as error:  # safetensors has its own for a full disk
+        shutil.rmtree(partial, ignore_errors=True)
+        raise OSError(
+            f"{final}: could not be written ({error}); the checkpoints before it are whole: make room, and the same "
+            "command goes on from them"
+        ) from error
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
-    for old in listed(root)[:-keep_last]:
+    for old in _superfluous(root, keep):
         shutil.rmtree(old.rename(old.with_name(old.name + ".old")))  # renamed: no longer listed while it goes
     return final
 
 
-def listed(root: Path) -> list[Path]:
-    """Complete checkpoints, oldest first."""
-    return sorted(
-        p for p in root.glob("images_*") if p.name.removeprefix("images_").isdigit() and (p / MANIFEST).is_file()
-    )
+def _superfluous(root: Path, keep: Keep) -> list[Path]:
+    found = listed(root)
+    held = set(found[-keep.last :])
+    if keep.every:
+        first: dict[int, Path] = {}
+        for folder in found:  # oldest first
+            first.setdefault(images_of(folder) // keep.every, folder)
+        held |= {folder for block, folder in first.items() if block}
+    if (best := best_of(root)) is not None:
+        held.add(best)
+    return [folder for folder in found if folder not in held]
 
 
-def load(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
-    """Read a checkpoint after checking every file against the manifest.
+class Saver:
+    """Saves in this thread, or copies to the host and writes in another; the next save, or ``close``, waits for that.
 
     Raises:
-        CheckpointError: a file is missing or its bytes have changed; the previous checkpoint is named.
+        OSError: of ``save`` and ``close``, what the writing met with; in the background that of the save before.
     """
-    earlier = [p for p in listed(folder.parent) if p < folder]
-    way_out = f"delete the folder to go on from {earlier[-1]}" if earlier else "delete the folder to start anew"
+
+    def __init__(self, root: Path, keep: Keep, background: bool = False):
+        self.root, self.keep = root, keep
+        self.pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint") if background else None
+        self.pending: Future[Path] | None = None
+
+    def save(self, images: int, tensors: Files, state: dict[str, Any], best: Any = None) -> None:
+        if self.pool is None:
+            save(self.root, images, tensors, state, self.keep, best)
+            return
+        self.wait()
+        host = {name: {k: v.detach().to("cpu", copy=True) for k, v in flat.items()} for name, flat in tensors.items()}
+        state = json.loads(json.dumps(state))
+        self.pending = self.pool.submit(save, self.root, images, host, state, self.keep, best)
+
+    def wait(self) -> None:
+        """Until what was handed over is on the disk."""
+        pending, self.pending = self.pending, None
+        if pending is not None:
+            pending.result()
+
+    def close(self) -> None:
+        try:
+            self.wait()
+        finally:
+            if self.pool is not None:
+                self.pool.shutdown()
+
+
+# --- reading ---------------------------------------------------------------------------------------------------------
+
+
+def images_of(folder: Path) -> int:
+    return int(folder.name.removeprefix("images_"))
+
+
+def listed(root: Path) -> list[Path]:
+    """Complete checkpoints, oldest first."""
+    found = (p for p in root.glob("images_*") if p.name.removeprefix("images_").isdigit() and (p / MANIFEST).is_file())
+    return sorted(found, key=images_of)
+
+
+def best_of(root: Path) -> Path | None:
+    """The checkpoint with the best held-out measure, where one is kept."""
+    try:
+        folder = root / json.loads((root / BEST).read_text(encoding="utf-8"))["folder"]
+    except FileNotFoundError:
+        return None
+    return folder if (folder / MANIFEST).is_file() else None
+
+
+def problem(folder: Path, needed: Collection[str] = ()) -> str | None:
+    """What is wrong with a checkpoint: a file that is missing, cut or changed, or None.
+
+    Args:
+        needed: names of the tensor files without which a run cannot go on.
+    """
     try:
         hashes: dict[str, str] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{folder / MANIFEST}: damaged ({error}); {way_out}") from error
+    except (ValueError, OSError) as error:
+        return f"{folder / MANIFEST}: damaged ({error})"
     for name, expected in hashes.items():
         file = folder / name
         if not file.is_file() or file_hash(file) != expected:
-            raise CheckpointError(f"{file}: missing or damaged (hash differs from {MANIFEST}); {way_out}")
-    tensors = {Path(name).stem: load_file(folder / name) for name in hashes if name.endswith(".safetensors")}
-    return tensors, json.loads((folder / "state.json").read_text())
+            return f"{file}: missing or damaged (hash differs from {MANIFEST})"
+    there = {name.split("/")[0].removesuffix(".safetensors") for name in hashes}
+    missing = sorted({*needed, "state.json"} - there)
+    return f"{folder}: has no {missing[0]}, without which a run cannot go on" if missing else None
+
+
+def load(folder: Path, needed: Collection[str] = ()) -> tuple[Files, dict[str, Any]]:
+    """Read a checkpoint after checking every file against the manifest.
+
+    Raises:
+        CheckpointError: a file is missing or its bytes have changed; the newest earlier one that is whole is named.
+    """
+    if (found := problem(folder, needed)) is not None:
+        earlier = [p for p in listed(folder.parent) if images_of(p) < images_of(folder) and not problem(p, needed)]
+        way_out = f"delete the folder to go on from {earlier[-1]}" if earlier else "delete the folder to start anew"
+        raise CheckpointError(f"{found}; {way_out}")
+    tensors = {file.stem: _opened(file) for file in sorted(folder.glob("*.safetensors"))}
+    tensors |= {inner.name: sharded.load(inner) for inner in sorted(folder.iterdir()) if inner.is_dir()}
+    return tensors, json.loads((folder / "state.json").read_text(encoding="utf-8"))
+
+
+def _opened(file: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(file)
+    except SafetensorError as error:
+        raise CheckpointError(f"{file}: no safetensors file ({error})") from error
+
+
+def chosen(root: Path, resume: str | Path) -> Path | None:
+    """The checkpoint to go on from.
+
+    Args:
+        resume: ``auto``: the newest, if any. ``never``: none may be there. Else the folder of one; newer ones of the
+            same run are put aside, under ``set_aside``, so that they are not taken for the run's newest afterwards.
+    Raises:
+        CheckpointError: ``never``, and there are some; or the folder is no checkpoint, or of another run than this one,
+            which has its own.
+    """
+    found = listed(root)
+    if resume == "auto":
+        return found[-1] if found else None
+    if resume == "never":
+        if found:
+            raise CheckpointError(
+                f"{root}: holds checkpoints up to {found[-1].name}, and --resume never was asked for; "
+                "go on from them with --resume auto, or choose another output_dir"
+            )
+        return None
+    folder = Path(resume)
+    if not (folder.name.removeprefix("images_").isdigit() and (folder / MANIFEST).is_file()):
+        raise CheckpointError(f"--resume {folder}: is no checkpoint; expected a folder images_… with a {MANIFEST}")
+    if folder.resolve().parent != root.resolve() and found:
+        raise CheckpointError(
+            f"--resume {folder}: belongs to another run, and {root} holds checkpoints of its own; choose another "
+            "output_dir, or --resume auto"
+        )
+    return folder
+
+
+def set_aside(root: Path, images: int) -> None:
+    """Move what is newer than ``images`` out of the list."""
+    for folder in listed(root):
+        if images_of(folder) > images:
+            (root / "set_aside").mkdir(exist_ok=True)
+            shutil.rmtree(root / "set_aside" / folder.name, ignore_errors=True)
+            folder.rename(root / "set_aside" / folder.name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -83,13 +84,22 @@ def _load(configs: list[str], out: Path | None) -> list[Any]:
 
 
 @app.command()
-def train(configs: Configs, out: Out = None) -> None:
+def train(
+    configs: Configs,
+    out: Out = None,
+    resume: Annotated[str, typer.Option(help="auto, never, or the folder of a checkpoint to go on from.")] = "auto",
+    tell: Annotated[bool, typer.Option("--check/--no-check", help="First tell what `ldm check` tells.")] = True,
+) -> None:
     """Train the configs in order. What is already made is taken up; a killed run goes on where it was."""
     loaded = _load(configs, out)
     _logging()
-    from .run import train_all
+    from .run import begun, train_all
 
-    train_all(loaded)
+    if tell and (ahead := [config for config in loaded if not begun(config)]):
+        from .preflight import report
+
+        report(ahead, earlier=[config for config in loaded if config not in ahead])
+    train_all(loaded, resume)
 
 
 @app.command()
@@ -99,8 +109,31 @@ def check(configs: Configs, out: Out = None) -> None:
     _logging()
     from .preflight import report
 
-    for i, config in enumerate(loaded):
-        report(config, loaded[:i])
+    report(loaded)
+
+
+@app.command()
+def cache(configs: Configs, out: Out = None) -> None:
+    """Encode the pictures and captions of diffusion configs ahead of their training, and train nothing."""
+    loaded = _load(configs, out)
+    _logging()
+    from .run import cache_all
+
+    cache_all(loaded)
+
+
+@app.command()
+def ema(
+    run: Annotated[Path, typer.Argument(help="Folder of a run that kept snapshots (ema.snapshot_every).")],
+    sigma_rel: Annotated[float, typer.Option(help="Width of the average, as a share of the run's length.")],
+    out: Annotated[Path, typer.Option(help="Pipeline folder to make.")],
+    images: Annotated[int | None, typer.Option(help="Images seen; by default the last snapshot's.")] = None,
+) -> None:
+    """Average a run's weights afterwards, over any width (post-hoc EMA, Karras et al. 2024)."""
+    _logging()
+    from .posthoc import ema_pipeline
+
+    print(ema_pipeline(run, sigma_rel, out, images))
 
 
 @app.command()
@@ -202,16 +235,33 @@ def evaluate(
 
 
 @inspect_app.command("data")
-def inspect_data(path: str, image_column: str = "image", caption_column: str = "text", resolution: int = 64) -> None:
-    """Rows, splits and captions of an imagefolder or parquet."""
-    from .data import open_rows
+def inspect_data(
+    source: Annotated[str, typer.Argument(help="Config file, or a data set: folder, parquet or tar file, hub:name.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="key=value overrides of the config.")] = None,
+    out: Annotated[Path, typer.Option("-o", "--out", help="HTML file to write.")] = Path("data.html"),
+) -> None:
+    """Look at all rows: what was found, what is left out and why, buckets and crops, captions, duplicates."""
+    from .fit import ConfigError, side_step
+    from .schema import Data
 
-    for split in ("train", "test"):
-        rows = open_rows(
-            path, split=split, image_column=image_column, caption_column=caption_column, resolution=resolution
-        )
-        captions = list(rows.captions)
-        print(f"{split}: {len(rows)} rows, {len(set(captions))} different captions, for example {captions[:3]}")
+    _logging()
+    config: Any
+    if source.endswith((".yaml", ".yml")):
+        from .config import load
+
+        config, step = load(source, overrides or []), None
+        with suppress(ConfigError):  # the autoencoder may not be there yet
+            step = side_step(config)
+    else:
+        if overrides:
+            raise ConfigError(f"{overrides[0]}: only a config takes overrides, and {source} is a data set")
+        config, step = Data(path=source), None
+    from .inspect_page import write_data_page
+
+    for place in (config if isinstance(config, Data) else config.data).places:
+        if not place.path.startswith("hub:") and "*" not in place.path and not Path(place.path).expanduser().exists():
+            raise ConfigError(f"{place.path}: no such folder or file (a data set of the hub is written hub:owner/name)")
+    print(write_data_page(config, out, step=step))
 
 
 @inspect_app.command("model")
@@ -322,7 +372,14 @@ def _logging() -> None:
     from rich.logging import RichHandler
 
     handler = RichHandler(console=Console(stderr=True), show_path=False, show_level=False, markup=False)
-    logging.basicConfig(level=logging.INFO, format="%(message)s", datefmt="%H:%M:%S", handlers=[handler], force=True)
+    first = os.environ.get("RANK", "0") == "0"  # of several processes one tells
+    logging.basicConfig(
+        level=logging.INFO if first else logging.WARNING,
+        format="%(message)s",
+        datefmt="%H:%M:%S",
+        handlers=[handler],
+        force=True,
+    )
     for name in ("httpx", "httpx2", "datasets", "accelerate"):
         logging.getLogger(name).setLevel(logging.WARNING)
 

@@ -136,14 +136,17 @@ def _follow(model: Any, loc: Sequence[str]) -> tuple[list[str], list[str]]:
     that pydantic puts in."""
     names: list[str] = []
     for part in loc:
-        kinds = {kind.model_fields["name"].annotation: kind for kind in get_args(model) if _is_section(kind)}
-        tagged = next((kind for name, kind in kinds.items() if part in get_args(name)), None)
+        kinds = [kind for kind in get_args(model) if _is_section(kind)]
+        tags = {kind: get_args(kind.model_fields["name"].annotation) for kind in kinds if "name" in kind.model_fields}
+        tagged = next((kind for kind, tag in tags.items() if part in tag), None)
         if tagged is not None:
             model = tagged
             continue
         names.append(part)
         if _is_section(model) and part in model.model_fields:
             model = model.model_fields[part].annotation
+        elif part.isdigit() and len(kinds) == 1:  # of a list of sections
+            model = kinds[0]
     return list(model.model_fields) if _is_section(model) else [], names
 
 

@@ -20,7 +20,6 @@ from .schema import (
     VAEModel,
 )
 
-
 NAMES = {"unet": "UNet", "mmdit": "MMDiT", "dit": "DiT"}
 
 
@@ -60,9 +59,16 @@ def contradiction(config: Config) -> str | None:
     if isinstance(model, DiTModel | MMDiTModel) and model.attention_head_dim * model.num_attention_heads % 4:
         return "model.attention_head_dim times model.num_attention_heads is the width: it must be a multiple of 4"
     if isinstance(model, UNetModel):
-        bad = [c for c in model.block_out_channels if c % model.attention_head_dim]
+        levels = len(model.block_out_channels)
+        for key in ("attention_head_dim", "transformer_layers_per_block"):
+            given = getattr(model, key)
+            if isinstance(given, tuple) and len(given) != levels:
+                return f"model.{key} needs one number, or one for each of the {levels} model.block_out_channels"
+        heads = model.attention_head_dim
+        heads = heads if isinstance(heads, tuple) else (heads,) * levels
+        bad = [(c, h) for c, h in zip(model.block_out_channels, heads, strict=True) if c % h]
         if bad:
-            return f"model.block_out_channels {bad[0]} does not divide into {model.attention_head_dim} heads"
+            return f"model.block_out_channels {bad[0][0]} does not divide into {bad[0][1]} heads"
         if model.attention_levels is not None and len(model.attention_levels) != len(model.block_out_channels):
             return "model.attention_levels needs one entry for each of model.block_out_channels"
     return None
@@ -117,17 +123,21 @@ def no_stock_form(config: DiffusionConfig) -> str | None:
 def _check_diffusion(config: DiffusionConfig, made: Mapping[Path, Config]) -> None:
     if problem := no_stock_form(config):
         raise ConfigError(f"{config.output_dir}: {problem}")
+    if config.data.shuffle_tags and config.cache.text and not config.data.streaming:
+        raise ConfigError(
+            f"{config.output_dir}: data.shuffle_tags makes each caption another one each time, which no cache holds; "
+            "set cache.text: false"
+        )
     vae, text = config.vae.pretrained, config.text.pretrained
     source = part(vae, AutoencoderConfig, made, "vae.pretrained")
-    factor = shift = None
+    factor, shift = _factor(source), False
     if isinstance(source, AutoencoderConfig):
-        factor, shift = source.model.factor, source.latent_shift
+        shift = source.latent_shift
     elif source:
-        factor = 2 ** (len(source.get("block_out_channels", [0])) - 1)
         shift = bool(source.get("shift_factor"))
     model, size = config.model, config.data.resolution
     if factor:
-        step = factor * (2 ** (len(model.block_out_channels) - 1) if isinstance(model, UNetModel) else model.patch_size)
+        step = factor * _halved(model)
         if size % step:
             near = max(1, round(size / step)) * step
             raise ConfigError(
@@ -158,6 +168,29 @@ def _check_diffusion(config: DiffusionConfig, made: Mapping[Path, Config]) -> No
         raise ConfigError(
             f"model.joint_attention_dim {model.joint_attention_dim}: must be at least text width + 2 = {width + 2}"
         )
+
+
+def side_step(config: Config, earlier: Sequence[Config] = ()) -> int | None:
+    """What the sides of a denoiser's pictures must be multiples of; with an autoencoder of the hub 8 pixels are taken
+    for a latent. None of the other tasks."""
+    if not isinstance(config, DiffusionConfig):
+        return None
+    made = {Path(c.output_dir).resolve(): c for c in earlier}
+    return (_factor(part(config.vae.pretrained, AutoencoderConfig, made, "vae.pretrained")) or 8) * _halved(
+        config.model
+    )
+
+
+def _factor(vae: Any) -> int | None:
+    """Pixels to a latent's side; ``vae`` as ``part`` gives it."""
+    if isinstance(vae, AutoencoderConfig):
+        return vae.model.factor
+    return 2 ** (len(vae.get("block_out_channels", [0])) - 1) if vae else None
+
+
+def _halved(model: UNetModel | MMDiTModel | DiTModel) -> int:
+    """Latents to a side of the coarsest map, or of a patch."""
+    return 2 ** (len(model.block_out_channels) - 1) if isinstance(model, UNetModel) else model.patch_size
 
 
 def part(name: str, kind: type[Run], made: Mapping[Path, Config], key: str) -> Any:

@@ -2,40 +2,31 @@
 
 from __future__ import annotations
 
-import json
-import logging
 import math
-import signal
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import closing, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset, IterableDataset
 
-from . import checkpoint
-from .clock import ImageClock
+from . import checkpoint, sharded, state
 from .ema import EMA
-from .optim import GuardedAdamW
+from .fit import ConfigError
+from .gradients import OutOfMemory, gradients, parted
+from .guards import Diverged, Interrupted, StopSignals, Watchman
+from .journal import Journal, Window
+from .loader import Batch, Feed
+from .optim import Guarded
+from .processes import Pulse, all_or_none, lost_peer
 from .schema import Train
 
-log = logging.getLogger(__name__)
-Batch = dict[str, Tensor]
-
-
-class Interrupted(SystemExit):
-    """The run was asked to stop, saved itself and can go on. Exit code 75: try again later."""
-
-
-class Diverged(RuntimeError):
-    """No finite gradient for many steps in a row."""
+__all__ = ["Batch", "Diverged", "Interrupted", "OutOfMemory", "Player", "Task", "train"]
 
 
 @dataclass
@@ -45,7 +36,8 @@ class Player:
     Args:
         name: of its checkpoint file and log keys.
         module: what trains, wrapped for several processes; ``loss`` must run through it.
-        loss: batch, images seen before this step -> (scalar, named scalars for the log).
+        loss: batch, images seen before this step -> (scalar, named scalars for the log). What one player leaves in the
+            batch for the next (a dict) lives until the step ends.
         optimizer: steps it.
         ema: its averaged weights.
         start: images seen before it joins.
@@ -54,29 +46,29 @@ class Player:
     name: str
     module: nn.Module
     loss: Callable[[Batch, int], tuple[Tensor, dict[str, Tensor]]]
-    optimizer: GuardedAdamW
+    optimizer: Guarded
     ema: EMA
     start: int = 0
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
         """Within this context the network bears the weights that samples and exports use."""
-        with self.ema.swapped():
+        with self.optimizer.evaluating(), self.ema.swapped():
             yield
 
 
 class Task(Protocol):
-    """What the loop is handed. ``players`` are in the order in which they move."""
+    """What the loop is handed. ``players`` are in the order in which they move; ``rows`` as ``Feed`` takes them."""
 
     players: Sequence[Player]
-    rows: Dataset  # __getitems__([(image index, row), …]) -> Batch, with "index" and "row" (B,) in it
+    rows: Dataset
 
     def held_out(self) -> dict[str, float]:
-        """Measures on pictures that training never sees, with the averaged weights."""
+        """Measures on pictures that training never sees, with the averaged weights; all processes ask together."""
         ...
 
     def sample(self, file: Path) -> None:
-        """Draw a grid of pictures, with the averaged weights."""
+        """Draw a grid of pictures, with the averaged weights; the main process alone asks."""
         ...
 
     def export(self) -> None:
@@ -84,112 +76,126 @@ class Task(Protocol):
         ...
 
 
-@dataclass
-class _Window:
-    """Sums on the device since the last read-back, and the rows that went in."""
-
-    sums: dict[str, Tensor] = field(default_factory=dict)
-    counts: dict[str, int] = field(default_factory=dict)
-    rows: dict[int, Tensor] = field(default_factory=dict)  # image index at the step's start -> rows
-    skipped: list[tuple[int, Tensor]] = field(default_factory=list)
-
-    def add(self, name: str, value: Tensor) -> None:
-        value = value.detach()
-        self.sums[name] = self.sums[name] + value if name in self.sums else value
-        self.counts[name] = self.counts.get(name, 0) + 1
-
-    def means(self) -> dict[str, float]:
-        """One read-back for everything."""
-        values = torch.stack([v.float() / self.counts[k] for k, v in self.sums.items()]).tolist()
-        return dict(zip(self.sums, values, strict=True))
-
-
-def train(task: Task, config: Train, *, run: Path, seed: int, accelerator: Accelerator, inputs: dict[str, str]) -> bool:
-    """Train until ``config.images`` have been seen, going on from the newest checkpoint in ``run``.
+def train(
+    task: Task,
+    config: Train,
+    *,
+    run: Path,
+    seed: int,
+    accelerator: Accelerator,
+    inputs: dict[str, str],
+    resume: str | Path = "auto",
+) -> bool:
+    """Train until ``config.images`` have been seen.
 
     Args:
         inputs: hashes of what the run builds on; a checkpoint that was made from others is refused.
+        resume: ``auto``: from the newest checkpoint in ``run``, if any; ``never``; or the folder of a checkpoint.
     Returns:
         True if any step was made.
     Raises:
-        Interrupted: SIGTERM or Ctrl-C; the state is saved.
-        Diverged: ``max_skipped_steps`` steps in a row without a finite gradient; the rows are named.
-        CheckpointError: the newest checkpoint is damaged or belongs to other inputs.
+        Interrupted: SIGTERM, SIGUSR1 or Ctrl-C; the state is saved.
+        Diverged: too many steps in a row without a finite gradient or with a spike; the rows are named.
+        OutOfMemory: a step does not fit; what would fit is named.
+        CheckpointError: the checkpoint is damaged or belongs to other inputs.
+        RuntimeError: another process is dead or stuck, and which.
+        OSError: a checkpoint cannot be written; the older ones are whole.
     """
-    images, steps = _resume(task, run, inputs)
-    if images >= config.images:
+    players, root, main = task.players, run / "checkpoints", accelerator.is_main_process
+    clock = _clock(task.rows, seed, config.batch_size)
+    start = checkpoint.chosen(root, resume)
+    now = state.restored(players, start, inputs, clock, accelerator, seed)
+    if start is not None and resume != "auto" and main:
+        checkpoint.set_aside(root, now.images)
+    if now.images >= config.images:
         return False
-    world = accelerator.num_processes
-    per_micro = config.batch_size * world
-    per_step = per_micro * config.gradient_accumulation_steps
-    stop_at = images + math.ceil((config.images - images) / per_step) * per_step
-    clock = ImageClock(len(task.rows), config.batch_size, seed, images, stop_at, accelerator.process_index, world)  # type: ignore[arg-type]
-    loader = DataLoader(
-        task.rows,
-        batch_sampler=clock,  # type: ignore[arg-type]
-        num_workers=config.num_workers,
-        collate_fn=_as_is,  # type: ignore[arg-type]
-        worker_init_fn=_bear_one_signal,
-        generator=torch.Generator(),  # its own: a loader draws a seed as it starts, and the resumed state must not move
-    )
-    window = _Window()
-    in_a_row = {player.name: torch.zeros((), device=accelerator.device) for player in task.players}
-    journal, clock_start, images_start = _Journal(run, accelerator, images), time.perf_counter(), images
+    per_step = config.batch_size * accelerator.num_processes * config.gradient_accumulation_steps
+    stop_at = now.images + math.ceil((config.images - now.images) / per_step) * per_step
+    feed = Feed(task.rows, config, seed, now.images, stop_at, accelerator, now.feed)
+    window, watchman = Window(now.window, accelerator.device), Watchman(config, accelerator, now.watch)
+    journal, clock_start, images_start = Journal(run, accelerator, now.images), time.perf_counter(), now.images
+    split = any(sharded.is_split(dict(p.module.named_parameters())) for p in players)
+    if split and config.async_checkpoint:
+        raise ConfigError("train.async_checkpoint: not with FSDP2, where each process writes its own shards")
+    saver = checkpoint.Saver(root, checkpoint.Keep(config.keep_last, config.keep_every), config.async_checkpoint)
+    for player in players if main else ():
+        player.ema.forget_after(run / "ema" / player.name, now.images)
 
-    def save() -> None:
-        if accelerator.is_main_process:
-            done = {player.name: player.optimizer.steps for player in task.players}
-            state = {"images": images, "steps": steps, "optimizer_steps": done, "inputs": inputs}
-            checkpoint.save(run / "checkpoints", images, _tensors(task), state, config.keep_last)
-        accelerator.wait_for_everyone()
+    def save(best: Any = None) -> None:
+        now.watch, now.feed, now.window = watchman.state(), feed.state(), window.sums
+        files, rest = state.gathered(players, now, clock, accelerator)
+        journal.settle()
+        error = None
+        try:
+            if main or split:
+                saver.save(now.images, files, rest, best)
+        except OSError as caught:
+            error = caught
+        all_or_none(error, accelerator)
 
     def due(every: int) -> bool:
         """The clock has just passed a multiple of ``every``, or reached the end."""
-        return images // every != (images - per_step) // every or images >= config.images
+        return now.images // every != (now.images - per_step) // every or now.images >= config.images
 
     with (
-        _stop_signals() as stop,
-        closing(_batches(loader, accelerator.device)) as batches,
-        journal.progress(config.images, images) as show,
+        StopSignals().caught() as told,
+        Pulse(run / "log", accelerator, 60 * config.timeout_minutes).beating() as pulse,
+        _naming_the_lost(pulse),
+        closing(saver),
+        closing(feed.batches()) as batches,
+        journal.progress(config.images, now.images) as show,
     ):
-        while images < config.images:
+        while now.images < config.images:
+            pulse.at("loading pictures")
             micros = [next(batches) for _ in range(config.gradient_accumulation_steps)]
-            for player in task.players:
-                if images < player.start:
+            rows = torch.cat([micro["row"] for micro in micros])
+            pieces = [piece for micro in micros for piece in parted(micro, now.pieces)]
+            moved: dict[str, tuple[Tensor, Tensor]] = {}
+            for player in players:
+                if now.images < player.start:
                     continue
-                for i, micro in enumerate(micros):
-                    hold = accelerator.no_sync(player.module) if i + 1 < len(micros) else nullcontext()
-                    with hold:
-                        loss, named = player.loss(micro, images)
-                        accelerator.backward(loss / len(micros))
-                    for name, value in named.items():
-                        window.add(name, value)
+                pulse.at(f"training {player.name}")
+                loss, pieces = gradients(player, pieces, now.images, accelerator, config, window)
                 norm, skipped = player.optimizer.step()
-                player.ema.update(player.optimizer.steps - 1)
-                window.add(f"{player.name}_grad_norm", norm)
-                window.skipped.append((images, skipped))
-                in_a_row[player.name] = (in_a_row[player.name] + skipped) * skipped
-            window.rows[images] = torch.cat([micro["row"] for micro in micros])
-            images, steps = images + per_step, steps + 1
+                player.ema.update(player.optimizer.steps - 1, now.images + per_step, skipped)
+                window.add({f"{player.name}_grad_norm": norm}, accelerator.num_processes)
+                moved[player.name] = (loss, skipped)
+            now.pieces = max(now.pieces, len(pieces) // len(micros))
+            before, now.images, now.steps = now.images, now.images + per_step, now.steps + 1
+            asked = watchman.look(before, bool(told), rows, moved)
+            if now.images >= config.images or due(config.checkpoint_every):
+                asked |= watchman.settle()
             if due(config.log_every):
-                means = window.means()
-                _report_skipped(window, in_a_row, config.max_skipped_steps)
-                speed = (images - images_start) / (time.perf_counter() - clock_start)
-                lr = {"lr": task.players[0].optimizer.lr, "images_per_second": speed}
-                journal.write(images, {**means, **lr})
-                show(images, means, speed)
-                window = _Window()
+                means, speed = (
+                    window.means(accelerator),
+                    (now.images - images_start) / (time.perf_counter() - clock_start),
+                )
+                journal.write(now.images, {**means, "lr": players[0].optimizer.lr, "images_per_second": speed})
+                show(now.images, means, speed)
+                window = Window()
+            for player in players if main or split else ():
+                if player.ema.snapshot_due(before, now.images):
+                    player.ema.write_snapshot(run / "ema" / player.name, now.images, write=main)
+            best = None
             if due(config.validate_every):
+                pulse.at("validating")
                 measures = task.held_out()
-                journal.write(images, measures)
-                journal.say(f"{images:,} images: " + ", ".join(f"{k} {v:.4g}" for k, v in measures.items()))
-            if due(config.sample_every) and accelerator.is_main_process:
-                task.sample(run / "samples" / f"images_{images:09d}.png")
-            asked = _anyone(bool(stop), accelerator)
-            if due(config.checkpoint_every) or asked:
-                save()
-            if asked and images < config.images:
-                journal.say(f"stopped at {images} images, all is saved; the same command goes on from here")
+                journal.write(now.images, measures)
+                told_of = {k: v for k, v in measures.items() if "_at_" not in k}
+                journal.say(f"{now.images:,} images: " + ", ".join(f"{k} {v:.4g}" for k, v in told_of.items()))
+                best = _best(measures, config, now)
+            if due(config.sample_every) and main and not split:
+                pulse.at("drawing samples")
+                task.sample(run / "samples" / f"images_{now.images:09d}.png")
+            if due(config.checkpoint_every) or asked or best:
+                pulse.at("saving")
+                save(best)
+            if asked and now.images < config.images:
+                saver.wait()
+                journal.say(
+                    f"stopped at {now.images} images, all is saved; the same command goes on from here "
+                    f"(or: ldm train {run}/config.yaml)"
+                )
                 raise Interrupted(75)
     return True
 
@@ -197,166 +203,42 @@ def train(task: Task, config: Train, *, run: Path, seed: int, accelerator: Accel
 # --- parts -----------------------------------------------------------------------------------------------------------
 
 
-def _as_is(batch: Batch) -> Batch:
-    return batch
+def _clock(rows: Dataset, seed: int, batch_size: int) -> dict[str, Any]:
+    """What decides which row an image shows."""
+    if isinstance(rows, IterableDataset):
+        return {"data.streaming": True, "seed": seed}
+    clock: dict[str, Any] = {"number of rows": len(rows), "seed": seed}  # type: ignore[arg-type]
+    buckets = getattr(rows, "bucket", None)
+    several = buckets is not None and (buckets != buckets[:1]).any()
+    return {**clock, "train.batch_size": batch_size} if several else clock
 
 
-def _bear_one_signal(_worker: int) -> None:
-    """A signal often goes to all processes of a run; the loader's must live until the step has its pictures."""
+def _best(measures: dict[str, float], config: Train, now: state.Progress) -> dict[str, Any] | None:
+    """What to note of the measures if they are the best so far.
 
-    def note(number: int, _frame: Any) -> None:
-        signal.signal(number, signal.SIG_DFL)
-
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, note)
-
-
-def _batches(loader: DataLoader, device: torch.device) -> Generator[Batch, None, None]:
-    """On the device. Closing it ends the loader's processes."""
-    for batch in loader:
-        yield {k: v.to(device, non_blocking=True) for k, v in batch.items()} if device.type != "cpu" else batch
-
-
-def _bare(module: nn.Module) -> nn.Module:
-    return module.module if isinstance(module, nn.parallel.DistributedDataParallel) else module
-
-
-def _tensors(task: Task) -> dict[str, dict[str, Tensor]]:
-    """Everything that a run needs to go on, by file."""
-    files: dict[str, dict[str, Tensor]] = {"rng": {"cpu": torch.get_rng_state()}}
-    for player in task.players:
-        files[player.name] = dict(_bare(player.module).named_parameters())
-        files[f"{player.name}_optimizer"] = player.optimizer.tensors()
-        files[f"{player.name}_ema"] = player.ema.state_dict()
-    return files
-
-
-def _resume(task: Task, run: Path, inputs: dict[str, str]) -> tuple[int, int]:
-    found = checkpoint.listed(run / "checkpoints")
-    if not found:
-        return 0, 0
-    tensors, state = checkpoint.load(found[-1])
-    changed = [k for k in inputs if state["inputs"].get(k) != inputs[k]]
-    if changed:
-        raise checkpoint.CheckpointError(
-            f"{found[-1]}: was trained from another {changed[0]} than the one there now; choose another output_dir, "
-            f"or delete {run} to train anew"
-        )
-    for player in task.players:
-        own = dict(_bare(player.module).named_parameters())
-        there = {(name, x.shape) for name, x in tensors[player.name].items()}
-        differing = sorted(there ^ {(name, p.shape) for name, p in own.items()})
-        if differing:
-            raise checkpoint.CheckpointError(
-                f"{found[-1]}: {player.name}.safetensors does not fit, first: {differing[0][0]}"
-            )
-        with torch.no_grad():
-            for name, parameter in own.items():
-                parameter.copy_(tensors[player.name][name])
-        player.optimizer.load(tensors[f"{player.name}_optimizer"], state["optimizer_steps"][player.name])
-        player.ema.load_state_dict(tensors[f"{player.name}_ema"])
-    torch.set_rng_state(tensors["rng"]["cpu"])
-    log.info("going on from %s", found[-1])
-    return state["images"], state["steps"]
-
-
-def _report_skipped(window: _Window, in_a_row: dict[str, Tensor], limit: int) -> None:
-    flags = torch.stack([flag for _, flag in window.skipped]).tolist()
-    bad = [images for (images, _), flag in zip(window.skipped, flags, strict=True) if flag]
-    if not bad:
-        return
-    rows = window.rows[bad[-1]].tolist()
-    message = (
-        f"{len(bad)} of {len(flags)} updates skipped, no finite gradient; the last at image {bad[-1]}, rows {rows}"
-    )
-    log.warning(message)
-    if max(count.item() for count in in_a_row.values()) >= limit:
-        raise Diverged(
-            f"{message}; {limit} in a row: the run stops. Lower optimizer.learning_rate or look at these rows"
-        )
-
-
-def _anyone(asked: bool, accelerator: Accelerator) -> bool:
-    """All processes stop together."""
-    if accelerator.num_processes == 1:
-        return asked
-    flags = accelerator.gather(torch.tensor([asked], device=accelerator.device))
-    return bool(cast(Tensor, flags).any())
+    Raises:
+        ValueError: the metric is not among them.
+    """
+    if not config.keep_best:
+        return None
+    wanted = [config.best_metric] if config.best_metric else ["held_out_loss", "held_out_psnr"]
+    metric = next((name for name in wanted if name in measures), None)
+    if metric is None:
+        raise ValueError(f"train.best_metric {wanted[0]}: is not measured; choose of {', '.join(measures)}")
+    value = measures[metric]
+    higher = metric.endswith(("psnr", "ssim", "accuracy"))
+    if not math.isfinite(value) or (now.best and (value <= now.best[0] if higher else value >= now.best[0])):
+        return None
+    now.best = [value, now.images]
+    return {"metric": metric, "value": value, "images": now.images}
 
 
 @contextmanager
-def _stop_signals() -> Iterator[list[int]]:
-    """Collects SIGTERM and Ctrl-C; the second one leaves at once."""
-    seen: list[int] = []
-
-    def note(number: int, _frame: Any) -> None:
-        if seen:
-            raise KeyboardInterrupt
-        seen.append(number)
-
-    old = {s: signal.signal(s, note) for s in (signal.SIGTERM, signal.SIGINT)}
+def _naming_the_lost(pulse: Pulse) -> Iterator[None]:
+    """A collective that breaks off says which process it missed."""
     try:
-        yield seen
-    finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)
-
-
-def _told_by(line: str, images: int) -> bool:
-    try:
-        return line.endswith("\n") and json.loads(line)["images"] <= images
-    except ValueError:  # of a write that was cut short
-        return False
-
-
-class _Journal:
-    """``RUN/log/metrics.jsonl`` and the progress bar, of the main process alone.
-
-    Args:
-        images: where the run starts; what a killed one wrote of later images goes.
-    """
-
-    def __init__(self, run: Path, accelerator: Accelerator, images: int):
-        self.run, self.main = run, accelerator.is_main_process
-        self.file = run / "log" / "metrics.jsonl"
-        self.console = Console(stderr=True)
-        if self.main:
-            self.file.parent.mkdir(parents=True, exist_ok=True)
-            if self.file.is_file():
-                lines = self.file.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
-                partial = self.file.with_suffix(".partial")
-                partial.write_text("".join(x for x in lines if _told_by(x, images)), encoding="utf-8")
-                partial.replace(self.file)
-
-    def write(self, images: int, values: dict[str, float]) -> None:
-        if self.main and values:
-            with self.file.open("a", encoding="utf-8") as handle:
-                handle.write(json.dumps({"images": images, **values}) + "\n")
-
-    def say(self, text: str) -> None:
-        if self.main:
-            self.console.print(text)
-
-    @contextmanager
-    def progress(self, total: int, done: int) -> Iterator[Callable[[int, dict[str, float], float], None]]:
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=24),
-            TextColumn("{task.completed:,.0f}/{task.total:,.0f} images"),
-            TextColumn("{task.fields[loss]} {task.fields[speed]}"),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-        )
-        with Progress(*columns, console=self.console, disable=not self.main) as bar:
-            task = bar.add_task(self.run.name, total=total, completed=min(done, total), loss="", speed="")
-
-            def show(images: int, means: dict[str, float], speed: float) -> None:
-                bar.update(
-                    task,
-                    completed=min(images, total),
-                    loss=f"loss {means.get('loss', math.nan):.4f}",
-                    speed=f"{speed:.0f} images/s",
-                )
-
-            yield show
+        yield
+    except RuntimeError as error:
+        if pulse.world > 1 and lost_peer(error):
+            raise RuntimeError(f"{pulse.missing(wait=True)} ({str(error).splitlines()[0]})") from error
+        raise

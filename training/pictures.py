@@ -1,8 +1,9 @@
-"""Encoded pictures -> uint8 squares, with Pillow. A result is defined for every mode that Pillow reads."""
+"""Encoded pictures -> uint8 of a given shape, with Pillow. A result is defined for every mode that Pillow reads."""
 
 from __future__ import annotations
 
 import io
+import math
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -28,29 +29,75 @@ def to_rgb(picture: Image.Image) -> Image.Image:
     return picture.convert("RGB")
 
 
-def _fitted(picture: Image.Image, size: int, center_crop: bool) -> Image.Image:
-    """RGB of size × size: the middle square, or the whole squeezed, by Lanczos with antialiasing."""
-    width, height = picture.size
-    side = min(width, height)
+def _fitted(picture: Image.Image, shape: tuple[int, int], center_crop: bool) -> Image.Image:
+    """The middle of a picture that is scaled to cover (H, W), or the whole squeezed, by Lanczos with antialiasing."""
+    height, width = upright_size(picture)
+    scale = max(shape[0] / height, shape[1] / width)
     if picture.format == "JPEG":  # decode at 1/2, 1/4 or 1/8 where that still holds enough pixels
-        picture.draft(None, (-(-width * size // side), -(-height * size // side)))
+        picture.draft(None, (math.ceil(picture.width * scale - 1e-6), math.ceil(picture.height * scale - 1e-6)))
     picture = to_rgb(picture)
-    width, height = picture.size
-    side = min(width, height)
-    left, top = (width - side) / 2, (height - side) / 2
-    box = (left, top, left + side, top + side) if center_crop else (0, 0, width, height)
-    if (width, height) == (size, size):
-        return picture
-    return picture.resize((size, size), Image.Resampling.LANCZOS, box=box)
+    box = _box(picture.size, shape, center_crop)
+    target = (shape[1], shape[0])
+    return picture if picture.size == target else picture.resize(target, Image.Resampling.LANCZOS, box=box)
 
 
-def decode(data: bytes, size: int, center_crop: bool = True) -> np.ndarray:
-    """An encoded picture as uint8 (3, size, size). Raises ValueError with the reason where that cannot be done."""
+def _box(size: tuple[int, int], shape: tuple[int, int], center_crop: bool) -> tuple[float, float, float, float]:
+    """What of a picture of ``size`` (W, H) is kept for (H, W): left, top, right, bottom."""
+    width, height = size
+    if not center_crop:
+        return 0, 0, width, height
+    kept = min(width, height * shape[1] / shape[0]), min(height, width * shape[0] / shape[1])
+    left, top = (width - kept[0]) / 2, (height - kept[1]) / 2
+    return left, top, left + kept[0], top + kept[1]
+
+
+def upright_size(picture: Image.Image) -> tuple[int, int]:
+    """Height and width after the EXIF rotation, from the header alone."""
+    if picture.format == "PNG" and "exif" not in picture.info:  # Pillow would decode it to look behind the pixels
+        return picture.height, picture.width
+    turned = picture.getexif().get(0x0112) in (5, 6, 7, 8)
+    return (picture.width, picture.height) if turned else (picture.height, picture.width)
+
+
+def decode(data: bytes, size: int | tuple[int, int], center_crop: bool = True) -> np.ndarray:
+    """An encoded picture as uint8 (3, H, W), or (3, size, size).
+
+    Args:
+        center_crop: scale the picture to cover the shape and cut off evenly on both sides what is over; False
+            squeezes the whole into it.
+    Raises:
+        ValueError: with the reason why it does not decode.
+    """
+    shape = (size, size) if isinstance(size, int) else size
     with header(data) as picture:
         try:
-            return np.ascontiguousarray(np.asarray(_fitted(picture, size, center_crop)).transpose(2, 0, 1))
+            return np.ascontiguousarray(np.asarray(_fitted(picture, shape, center_crop)).transpose(2, 0, 1))
         except Exception as error:  # Pillow's decoders raise many kinds
             raise ValueError(f"does not decode ({one_line(error)})") from error
+
+
+def decode_mask(data: bytes, shape: tuple[int, int], center_crop: bool = True) -> np.ndarray:
+    """An encoded grey picture, cut as the picture it belongs to, as float32 (1, H, W) in [0, 1]."""
+    with header(data) as picture:
+        try:
+            grey = to_rgb(picture).convert("L")
+            box = _box(grey.size, shape, center_crop)
+            grey = grey.resize((shape[1], shape[0]), Image.Resampling.BOX, box=box)  # no ringing beyond [0, 1]
+        except Exception as error:
+            raise ValueError(f"does not decode ({one_line(error)})") from error
+        return np.asarray(grey, np.float32)[None] / 255
+
+
+def dimensions(data: bytes) -> tuple[int, int]:
+    """Height and width of an encoded picture as it is shown, from its header. Raises ValueError."""
+    with header(data) as picture:
+        try:
+            height, width = upright_size(picture)
+        except Exception as error:  # EXIF can be broken too
+            raise ValueError(f"does not decode ({one_line(error)})") from error
+        if not (height and width):
+            raise ValueError("does not decode (it has no pixels)")
+        return height, width
 
 
 def header(data: bytes) -> Image.Image:

@@ -1,26 +1,43 @@
-"""What can be told before anything is spent: sizes, memory and time, from one real step on random numbers."""
+"""What can be told before anything is spent: sizes, FLOPs, memory and time, from arithmetic and a rehearsal."""
 
 from __future__ import annotations
 
-import resource
+import math
+import random
+import tempfile
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor, nn
+from torch.utils.data import IterableDataset
 
-from .fit import ConfigError, part
-from .schema import AutoencoderConfig, ClipConfig, Config, DiffusionConfig, MMDiTModel
+from . import measure, processes
+from .arithmetic import Memory, parameters, training_flops, training_memory
+from .config import relocate
+from .fit import ConfigError, side_step
+from .rehearsal import Rehearsal, joining, rehearse
+from .schema import AutoencoderConfig, Config, DiffusionConfig
+from .sizes import Sizes, network_of, sizes
 
 GIB = 2**30
+ROOM = 0.9  # of the memory that is free: more is not tried
+COUNTED = 1_000_000  # rows whose captions are compared; of more than these every row's count
+Split = tuple[Any, Any]  # training and held-out rows, as ``run.open_data`` gives them
 
 
 def precision(asked: str) -> str:
-    """``no`` or ``bf16``; ``auto`` is bf16 where the hardware has units for it: emulated, it is slower than float32."""
+    """``no``, ``bf16`` or ``fp16``; ``auto`` is bf16 where the hardware has units for it: emulated, it is slower than
+    float32."""
     if asked != "auto":
         return asked
     if torch.cuda.is_available():
@@ -28,140 +45,254 @@ def precision(asked: str) -> str:
     return "bf16" if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported() else "no"
 
 
-@dataclass(frozen=True)
-class Sizes:
-    """What the denoiser is built to fit: the autoencoder's and the text encoder's sizes."""
+def report(
+    configs: Sequence[Config], *, earlier: Sequence[Config] = (), console: Console | None = None
+) -> list[Rehearsal | None]:
+    """Open the data, rehearse each run, and print a table of each. Nothing is left behind, and nothing that comes
+    after it notices: of several processes all ask together, and the first one prints.
 
-    factor: int
-    latent_channels: int
-    text_width: int
-    text_length: int
-    pooled_width: int | None = None
-
-
-def sizes(config: DiffusionConfig, earlier: Sequence[Config] = ()) -> Sizes:
-    """Of a diffusion config, from the configs that make its parts or from the folders that hold them.
-
+    Args:
+        earlier: configs that these build on, whose runs are there.
+    Returns:
+        The rehearsals; None of a run that does not fit on this device, or that builds on such a one.
     Raises:
-        ConfigError: a part is a hub name: its sizes are known when it has been fetched.
+        ConfigError, DataError: a run cannot be made; the key, file or row is named.
     """
-    made = {Path(c.output_dir).resolve(): c for c in earlier}
-    vae = part(config.vae.pretrained, AutoencoderConfig, made, "vae.pretrained")
-    text = part(config.text.pretrained, ClipConfig, made, "text.pretrained")
-    for key, found in (("vae", vae), ("text", text)):
-        if found is None:
-            raise ConfigError(f"{key}.pretrained is a hub name: its sizes are known once it is in a local folder")
-    if isinstance(vae, AutoencoderConfig):
-        factor, channels = vae.model.factor, vae.model.latent_channels
-    else:
-        factor, channels = 2 ** (len(vae["block_out_channels"]) - 1), vae["latent_channels"]
-    if isinstance(text, ClipConfig):
-        width, length, pooled = text.model.text.hidden_size, text.model.tokenizer.max_length, text.model.projection_dim
-    else:
-        inner = text.get("text_config", text)
-        width, length = inner["hidden_size"], inner.get("max_position_embeddings", 77)
-        pooled = text.get("projection_dim", 512)
-    if not isinstance(config.model, MMDiTModel):
-        return Sizes(factor, channels, width, length)
-    return Sizes(factor, channels, config.model.joint_attention_dim or width + 2, length + 1, pooled + 2)
-
-
-def report(config: Config, earlier: Sequence[Config] = (), console: Console | None = None) -> None:
-    """Open the data, make two steps on random numbers, and print a table."""
     from .run import open_data
 
-    console = console or Console()
-    train_rows, test_rows = open_data(config)
-    table = Table(title=f"{config.output_dir}: {config.task}", show_header=False)
-    steps = -(-config.train.images // (config.train.batch_size * config.train.gradient_accumulation_steps))
-    table.add_row("pictures", f"{len(train_rows)} to train on, {len(test_rows)} held out, {config.data.resolution} px")
-    table.add_row(
-        "length", f"{config.train.images:,} images, {steps:,} steps, {config.train.images / len(train_rows):.1f} epochs"
-    )
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    mixed = precision(config.train.mixed_precision)
-    table.add_row("device", f"{device}, {mixed if mixed != 'no' else 'float32'}")
-    try:
-        module, step = _step(config, earlier, device)
-    except ConfigError as error:
-        table.add_row("not told", str(error))
-        console.print(table)
-        return
-    weights = sum(p.numel() for p in module.parameters())
-    table.add_row("parameters", f"{weights / 1e6:.2f}M, all trained")
-    copies = 4 + bool(config.ema_decay)  # weights, gradients, two moments, average
-    table.add_row("weights, gradients, Adam, EMA", f"{weights * 4 * copies / GIB:.2f} GiB")
+    opened: dict[Any, Split] = {}
+    found: list[Rehearsal | None] = []
+    with _undisturbed(), _room(configs) as room:
+        for i, config in enumerate(configs):
+            before = [*earlier, *configs[:i]]
+            key, began = _source(config, before), time.perf_counter()
+            opened[key] = opened.get(key) or open_data(config, before)
+            opening = time.perf_counter() - began
+            inner = config
+            for j, other in enumerate(configs[:i]):
+                _, inner = relocate([other, inner], room / str(j))
+                inner = inner.model_copy(update={"output_dir": config.output_dir})
+            (inner,) = relocate([inner], room / str(i))
+            accelerator = _accelerator(config)
+            telling = _Telling(config, before, opened[key], accelerator)
+            with telling.printed(console or Console(quiet=not accelerator.is_main_process)):
+                missing = [c.output_dir for c, made in zip(configs, found, strict=False) if made is None]
+                missing += [c.output_dir for c in earlier if not (Path(c.output_dir) / "pipeline").is_dir()]
+                found.append(telling.tell(inner, missing, opening))
+    return found
+
+
+class _Telling:
+    """The table of one run."""
+
+    def __init__(self, config: Config, earlier: Sequence[Config], rows: Split, accelerator: Accelerator):
+        self.config, self.earlier, self.rows, self.accelerator = config, earlier, rows, accelerator
+        self.mixed, self.device = precision(config.train.mixed_precision), accelerator.device
+        self.world = config.train.processes or accelerator.num_processes
+        self.table = Table(title=f"{config.output_dir}: {config.task}", show_header=False)
+
+    @contextmanager
+    def printed(self, console: Console) -> Iterator[None]:
+        """What is known is told, also where the rehearsal fails."""
+        try:
+            with console.status(f"{self.config.output_dir}: rehearsing"):
+                yield
+        finally:
+            console.print(self.table)
+
+    def tell(self, inner: Config, missing: Sequence[str], opening: float) -> Rehearsal | None:
+        """Fill the table.
+
+        Args:
+            inner: the config with its folders where they go away.
+            missing: folders of runs that made nothing to build on.
+            opening: seconds that the data took.
+        """
+        config, add = self.config, self.table.add_row
+        train, per_step = config.train, config.train.batch_size * config.train.gradient_accumulation_steps * self.world
+        add("pictures", self._pictures())
+        rows = None if isinstance(self.rows[0], IterableDataset) else len(self.rows[0])
+        epochs = f", {train.images / rows:.1f} epochs" if rows else ""
+        together = f" of {per_step:,}" if per_step > train.batch_size else ""
+        add("length", f"{train.images:,} images, {math.ceil(train.images / per_step):,} steps{together}{epochs}")
+        several = f", {self.world} processes" if self.world > 1 else ""
+        add("device", f"{self.device}, {self.mixed if self.mixed != 'no' else 'float32'}{several}")
+
+        build, forward = network_of(config, self.earlier)
+        with torch.device("meta"):
+            trained, frozen = parameters(build())
+        flops = training_flops(build, forward)
+        add("parameters", f"{trained / 1e6:.2f}M trained" + (f", {frozen / 1e6:.2f}M frozen" if frozen else ""))
+        add("work", f"{flops / 1e9:,.1f} GFLOP an image, forward and backward")
+        autocast = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.mixed)
+        memory = training_memory(
+            build, forward, train.batch_size, averaged=bool(config.ema_decay), autocast=autocast,
+            state_bytes=config.optimizer.state_bytes,
+        ).shared(self.accelerator.num_processes if self.accelerator.is_fsdp2 else 1)  # fmt: skip
+        add("memory of a step", _parted(memory))
+        pictures = captions = 0
+        if isinstance(config, DiffusionConfig):
+            pictures, captions, size = cached(config, sizes(config, self.earlier), self.rows)
+            held = f"{_bytes(size)}, {pictures:,} pictures and {captions:,} captions" if size else "nothing"
+            add("cache on disk", held)
+
+        free = measure.free_memory(self.device)
+        if memory.total > ROOM * free:
+            fits = what_would_fit(memory, config, ROOM * free)
+            add("does not fit", f"{_bytes(free)} are free on {self.device}: {fits}")
+            return None
+        if lacking := [name for name in _parts(config) if Path(name).resolve() in {Path(m).resolve() for m in missing}]:
+            add("not rehearsed", f"{lacking[0]}, on which it builds, is not made")
+            return None
+        rehearsal = rehearse(inner, *self.rows, self.accelerator)
+        add("a step", self._step(rehearsal, flops))
+        add("memory, measured", f"{_bytes(rehearsal.memory)} at most, with everything that the run does")
+        spent = {**rehearsal.seconds(config, self.world, pictures, captions), "data": opening}
+        total = sum(spent.values())
+        parts = ", ".join(f"{name} {_duration(s)}" for name, s in spent.items() if s > 0.01 * total)
+        add("time", f"about {_duration(total)} ({parts})")
+        return replace(rehearsal, spent=spent)
+
+    def _pictures(self) -> str:
+        train, test = self.rows
+        side, shapes = self.config.data.resolution, train.shapes
+        cut = f"{side} px" if len(shapes) == 1 else f"{len(shapes)} shapes of about {side} x {side} px"
+        known = "streamed" if isinstance(train, IterableDataset) else f"{len(train):,}"
+        return f"{known} to train on, {len(test):,} held out, {cut}"
+
+    def _step(self, rehearsal: Rehearsal, flops: int) -> str:
+        train = self.config.train
+        images = train.batch_size * train.gradient_accumulation_steps / rehearsal.step  # a second, in one process
+        used = measure.utilisation(flops * images, self.device, self.mixed)
+        share = f", {used:.0%} of what the device can do" if used else ""
+        speed = f"{rehearsal.step:.3f} s, {images * self.world:,.1f} images/s, {flops * images / 1e12:.2f} TFLOP/s"
+        before = f"; {rehearsal.alone:.3f} s before the critic joins" if joining(self.config) else ""
+        return f"{speed}{' each' if self.world > 1 else ''}{share}{before}"
+
+
+def _parts(config: Config) -> list[str]:
+    """Folders or hub names that a run builds on."""
     if isinstance(config, DiffusionConfig):
-        s, side = sizes(config, earlier), config.data.resolution
-        latents = 2 * s.latent_channels * (side // s.factor) ** 2 * (1 + config.data.random_flip)
-        distinct = len(set(train_rows.captions)) + 1
-        cache = 4 * (len(train_rows) * latents + distinct * s.text_width * s.text_length)
-        table.add_row("cache on disk", f"{cache / GIB:.3f} GiB")
-    seconds, memory = _measure(step, device, mixed)
-    seconds *= config.train.gradient_accumulation_steps
-    speed = config.train.batch_size * config.train.gradient_accumulation_steps / seconds
-    table.add_row("one step", f"{seconds:.2f} s, {speed:.0f} images/s, measured now")
-    table.add_row("memory", f"{memory / GIB:.2f} GiB, measured now")
-    table.add_row(
-        "training time", f"about {config.train.images / speed / 60:.1f} minutes, without sample grids and validation"
-    )
-    console.print(table)
+        return [config.vae.pretrained, config.text.pretrained]
+    perceptual = (config.loss.perceptual or "") if isinstance(config, AutoencoderConfig) else ""
+    return [perceptual.removeprefix("clip:")] if perceptual.startswith("clip:") else []
 
 
-def _step(config: Config, earlier: Sequence[Config], device: torch.device) -> tuple[nn.Module, Callable[[], Tensor]]:
-    """The network that will train, and its loss on random numbers of the right shapes."""
-    n, side = config.train.batch_size, config.data.resolution
-    if isinstance(config, AutoencoderConfig):
-        from ldm.models.vae import VAE
-
-        from .tasks.common import tuned
-
-        vae = tuned(VAE(**config.model.model_dump()), config.train).to(device)
-        x = torch.randn(n, 3, *[config.data.random_crop or side] * 2, device=device)
-        eps = torch.randn_like(x[:, :1, :: vae.factor, :: vae.factor]).repeat(1, config.model.latent_channels, 1, 1)
-        return vae, lambda: (vae(x, eps)[0].float() - x).abs().mean()
-    if isinstance(config, ClipConfig):
-        from transformers import CLIPModel
-
-        from .tasks.clip import Contrast, clip_config, contrastive_loss
-
-        m = config.model
-        clip = Contrast(CLIPModel(clip_config(config, m.tokenizer.vocab_size, m.tokenizer.max_length, 0, 1))).to(device)
-        ids = torch.ones(n, m.tokenizer.max_length, dtype=torch.int64, device=device)
-        x = torch.randn(n, 3, side, side, device=device)
-        same = torch.eye(n, device=device)
-
-        def contrast() -> Tensor:
-            texts, pictures, scale = clip(ids, x)
-            return contrastive_loss(texts.float(), pictures.float(), scale.float(), same)
-
-        return clip, contrast
-    from ldm.cond import Cond
-
-    from .tasks.diffusion import network
-
-    s = sizes(config, earlier)
-    net = network(config, s).to(device)
-    x = torch.randn(n, s.latent_channels, side // s.factor, side // s.factor, device=device)
-    cond = Cond(torch.randn(n, s.text_length, s.text_width, device=device))
-    if s.pooled_width:
-        cond = Cond(
-            cond.tokens, torch.zeros(n, s.text_length, device=device), torch.randn(n, s.pooled_width, device=device)
-        )
-    return net, lambda: net(x, torch.rand(n, device=device) * 1000, cond).float().square().mean()
+# --- arithmetic ------------------------------------------------------------------------------------------------------
 
 
-def _measure(step: Callable[[], Tensor], device: torch.device, mixed: str, repeats: int = 3) -> tuple[float, int]:
-    """Seconds of a forward and backward pass (the quickest, after a first that warms up), and peak bytes."""
-    times = []
-    for _ in range(1 + repeats):
-        start = time.perf_counter()
-        with torch.autocast(device.type, torch.bfloat16, enabled=mixed == "bf16"):
-            loss = step()
-        loss.backward()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
-    on_gpu = device.type == "cuda"
-    memory = torch.cuda.max_memory_allocated() if on_gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return min(times[1:]), memory
+def cached(config: DiffusionConfig, s: Sizes, rows: Split) -> tuple[int, int, int]:
+    """Pictures (a mirror image is one more) and captions that the cache will hold, and their bytes.
+
+    What is the same is held once; of more than a million rows captions are taken to differ.
+    """
+    how, wide = config.cache, 4 if config.cache.precision == "fp32" else 2
+    indexed = [(split, config.data.random_flip and i == 0) for i, split in enumerate(rows)]
+    indexed = [(split, flip) for split, flip in indexed if not isinstance(split, IterableDataset)]
+    pictures = size = 0
+    for split, flip in indexed if how.latents else ():
+        _, first = np.unique(split.content(), return_index=True)
+        latents = np.array([(h // s.factor) * (w // s.factor) for h, w in split.shapes])[split.bucket]
+        pictures += len(first) * (1 + flip)
+        size += int(latents[first].sum()) * 2 * s.latent_channels * wide * (1 + flip)
+        size += 0 if split.masks([0]) is None else 4 * int(latents.sum())
+    captions = _captions([split for split, _ in indexed]) if how.text else 0
+    tokens = s.text_length * s.text_width + (s.pooled_width or 0)
+    bias = 4 * s.text_length if s.pooled_width else 0  # SD3's, of the empty prompt's many tokens
+    return pictures, captions, size + (captions + 1) * (wide * tokens + bias) * how.text  # and the null prompt
+
+
+def _captions(splits: Sequence[Any]) -> int:
+    total = sum(len(split) for split in splits)
+    if total <= COUNTED:
+        return len({text for split in splits for texts in split.texts for text in texts})
+    some = [len(texts) for split in splits for texts in islice(split.texts, 1000)]
+    return round(total * sum(some) / len(some))
+
+
+def what_would_fit(memory: Memory, config: Config, room: float) -> str:
+    """Of ``room`` bytes."""
+    fixed = memory.total - memory.activations
+    batch = int(config.train.batch_size * (room - fixed) / memory.activations) if memory.activations else 0
+    if batch >= 1:
+        now = config.train.gradient_checkpointing
+        checkpointing = f", or more of train.gradient_checkpointing (now {now:g})" if now < 1 else ""
+        return f"train.batch_size {batch} would{checkpointing}"
+    return "weights, gradients, optimizer and average alone are too large; FSDP2 shares them out (configs/accelerate)"
+
+
+# --- what it leaves as it was ----------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Random numbers go on where they were."""
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    devices = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
+        torch.cuda.set_rng_state_all(devices)
+
+
+@contextmanager
+def _room(configs: Sequence[Config]) -> Iterator[Path]:
+    """A folder that goes away, on the disk that the runs will write to; the same one for all processes.
+
+    Raises:
+        ConfigError: nothing can be written there.
+    """
+    if not configs:
+        yield Path()
+        return
+    accelerator, told = _accelerator(configs[0]), [""]
+    place = Path(configs[0].output_dir).resolve()
+    while not place.is_dir():
+        place = place.parent
+    made = error = None
+    try:
+        if accelerator.is_main_process:
+            try:
+                made = tempfile.TemporaryDirectory(prefix=".ldm-check-", dir=place)
+                told = [made.name]
+            except OSError as caught:
+                error = ConfigError(f"output_dir {configs[0].output_dir}: {place} cannot be written to ({caught})")
+        processes.all_or_none(error, accelerator)
+        if accelerator.num_processes > 1:
+            broadcast_object_list(told)
+        yield Path(told[0])
+        accelerator.wait_for_everyone()
+    finally:
+        if made is not None:
+            made.cleanup()
+
+
+def _accelerator(config: Config) -> Accelerator:
+    """Of the processes that are there, though the run may ask for more: what it will take is told from any of them."""
+    any_number = config.train.model_copy(update={"processes": None})
+    return processes.started(any_number, precision(config.train.mixed_precision))
+
+
+def _source(config: Config, earlier: Sequence[Config]) -> Any:
+    """Equal for configs that see the same rows."""
+    data = config.data.model_copy(update={"random_crop": None, "random_flip": False})
+    streamed = (config.seed, config.train.batch_size) if data.streaming else None
+    return data.model_dump_json(), side_step(config, earlier), streamed
+
+
+def _bytes(size: float) -> str:
+    return f"{size / GIB:.2f} GiB" if size >= GIB else f"{size / 2**20:.1f} MiB"
+
+
+def _parted(memory: Memory) -> str:
+    parts = ", ".join(f"{kind} {_bytes(size)}" for kind, size in vars(memory).items() if size)
+    return f"{_bytes(memory.total)}: {parts}"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 100:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"

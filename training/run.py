@@ -5,19 +5,29 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from .config import dump
-from .fit import ConfigError, check_together
+from .fit import ConfigError, check_together, side_step
 from .schema import AutoencoderConfig, ClipConfig, Config, DiffusionConfig
 
 log = logging.getLogger(__name__)
 DONE = "done.json"
+# Keys that change no number of what a run makes: it may go on with others.
+FREE = {"cache.dir", "cache.prune"} | {
+    "train." + key
+    for key in (
+        "num_workers", "processes", "timeout_minutes", "sample_every", "checkpoint_every", "keep_last", "keep_every",
+        "keep_best", "best_metric", "async_checkpoint", "on_out_of_memory", "spike_factor", "max_spiked_steps",
+        "max_skipped_steps", "report_to",
+    )
+}  # fmt: skip
 
 
 def check_folder(config: Config) -> None:
@@ -26,7 +36,7 @@ def check_folder(config: Config) -> None:
     if not run.exists():
         return
     written = run / "config.yaml"
-    if not run.is_dir() or (not written.is_file() and any(run.iterdir())):
+    if not run.is_dir() or (not written.is_file() and any(x.name != "cache" for x in run.iterdir())):
         raise ConfigError(f"{run}: is there and holds no run (no config.yaml); choose another output_dir")
     if written.is_file():
         differing = _differences(yaml.safe_load(written.read_text()), yaml.safe_load(dump(config)))
@@ -41,13 +51,19 @@ def _differences(old: Any, new: Any, key: str = "") -> list[str]:
     if isinstance(old, dict) and isinstance(new, dict):
         keys = sorted(old.keys() | new.keys())
         return [d for k in keys for d in _differences(old.get(k), new.get(k), f"{key}.{k}".lstrip("."))]
-    return [] if old == new else [f"{key}: {old} there, {new} here"]
+    return [] if old == new or key in FREE else [f"{key}: {old} there, {new} here"]
 
 
 def is_done(config: Config, inputs: dict[str, str]) -> bool:
     """The run has ended, and what it was made from is still the same."""
     file = Path(config.output_dir) / DONE
     return file.is_file() and json.loads(file.read_text())["inputs"] == inputs
+
+
+def begun(config: Config) -> bool:
+    """There is something in the run's folder to go on from, or it is made."""
+    run = Path(config.output_dir)
+    return (run / DONE).is_file() or any(run.glob("checkpoints/images_*/manifest.json"))
 
 
 def inputs_of(config: Config, train_rows: Any) -> dict[str, str]:
@@ -73,77 +89,162 @@ def _given(config: Config) -> dict[str, str]:
     return given
 
 
-def train_all(configs: Sequence[Config]) -> None:
+def train_all(configs: Sequence[Config], resume: str | Path = "auto") -> None:
     """Run the configs in order; what is already made is taken up.
 
+    Args:
+        resume: ``auto``: from each run's newest checkpoint, if any; ``never``; or a checkpoint's folder, of one config.
     Raises:
         ConfigError: before anything is computed, if any of them cannot be run.
     """
+    if resume not in ("auto", "never") and len(configs) > 1:
+        raise ConfigError(f"--resume {resume}: a checkpoint is of one run; give one config")
+    from .optim import check_optimizer
+    from .processes import check_launcher
+
+    check_launcher()
     check_together(configs)
     for config in configs:
         check_folder(config)
+        check_optimizer(config.optimizer)
+        if isinstance(config, ClipConfig) and config.train.on_out_of_memory == "halve":
+            raise ConfigError("train.on_out_of_memory halve: CLIP's loss is over whole batches; set a smaller one")
     opened: dict[str, tuple[Any, Any]] = {}  # stages with the same data share the rows
-    for config in configs:
-        source = json.dumps(_source(config))
-        opened[source] = opened.get(source) or open_data(config)
-    for config in configs:
-        rows = opened[json.dumps(_source(config))]
+    sources = [_source(config, configs[:i]) for i, config in enumerate(configs)]
+    for i, (config, source) in enumerate(zip(configs, sources, strict=True)):
+        opened[source] = opened.get(source) or open_data(config, configs[:i])
+    for config, source in zip(configs, sources, strict=True):
+        rows = opened[source]
         if is_done(config, inputs_of(config, rows[0])):
             log.info("%s: already made, taken up", config.output_dir)
         else:
-            train_one(config, *rows)
+            train_one(config, *rows, resume=resume)
 
 
-def train_one(config: Config, train_rows: Any, test_rows: Any) -> None:
-    """Train on what ``open_data`` gives, going on from the newest checkpoint, and export."""
+def train_one(config: Config, train_rows: Any, test_rows: Any, resume: str | Path = "auto") -> None:
+    """Train on what ``open_data`` gives, going on from a checkpoint, and export.
+
+    Raises:
+        ConfigError: a launcher started another number of processes, or a file of what the run builds on is missing.
+        and what ``loop.train`` raises.
+    """
     import torch
-    from accelerate import Accelerator
-    from accelerate.state import AcceleratorState
     from transformers.utils import logging as transformers_logging
 
-    from . import loop
+    from . import loop, measure, processes
     from .evaluate.report import write_report
     from .preflight import precision
 
-    run = Path(config.output_dir)
+    run, start = Path(config.output_dir), time.perf_counter()
     mixed = precision(config.train.mixed_precision)
     transformers_logging.disable_progress_bar()  # ours is the one that tells
-    AcceleratorState._reset_state()  # a run before this one may have had another precision
-    accelerator = Accelerator(mixed_precision=mixed)
+    accelerator = processes.started(config.train, mixed, run)
+    main, world = accelerator.is_main_process, accelerator.num_processes
+    measure.reset_peak(accelerator.device)
     torch.manual_seed(config.seed)
-    _one_process_as_asked(accelerator.num_processes)
     run.mkdir(parents=True, exist_ok=True)
-    if accelerator.is_main_process:
+    if main:
         (run / "config.yaml").write_text(dump(config))
     accelerator.wait_for_everyone()
-    log.info(
-        "%s: %s on %d pictures (%d held out), %s, %s",
-        run, config.task, len(train_rows), len(test_rows), accelerator.device, mixed if mixed != "no" else "float32",
-    )  # fmt: skip
-    task = build(config, train_rows, test_rows, run, accelerator)
+    if main:
+        log.info(
+            "%s: %s on %s (%d held out), %s%s, %s",
+            run, config.task, "a stream" if config.data.streaming else f"{len(train_rows)} pictures", len(test_rows),
+            f"{world} processes, " if world > 1 else "", accelerator.device, mixed if mixed != "no" else "float32",
+        )  # fmt: skip
+    with _in_one_line():
+        task = build(config, train_rows, test_rows, run, accelerator)
     inputs = inputs_of(config, train_rows)
-    loop.train(task, config.train, run=run, seed=config.seed, accelerator=accelerator, inputs=inputs)
-    if accelerator.is_main_process:
+    accelerator.init_trackers(run.name, config={"config": dump(config)})
+    loop.train(task, config.train, run=run, seed=config.seed, accelerator=accelerator, inputs=inputs, resume=resume)
+    if accelerator.is_fsdp2:
+        if main:
+            log.info("%s: trained; the same command in one process, without FSDP, writes the pipeline", run)
+    elif main:
         task.export()
-        write_report(run, title=f"{config.task}: {run.name}")
-        (run / DONE).write_text(json.dumps({"inputs": inputs}))
-        log.info("%s: done", run / "pipeline")
+        write_report(run, title=f"{config.task}: {run.name}", data=_summary(train_rows))
+        took = {"seconds": time.perf_counter() - start, "memory": measure.peak(accelerator.device)}
+        (run / DONE).write_text(json.dumps({"inputs": inputs, "took": took}))
+        log.info(
+            "%s: done, in %.1f minutes and %.2f GiB", run / "pipeline", took["seconds"] / 60, took["memory"] / 2**30
+        )
     accelerator.wait_for_everyone()
+    for tracker in accelerator.trackers:  # end_training would also end the process group, which the next run needs
+        tracker.finish()
     accelerator.free_memory()
 
 
-def open_data(config: Config) -> tuple[Any, Any]:
-    """Training and held-out rows. Raises DataError naming folder, column or file."""
+def cache_all(configs: Sequence[Config]) -> None:
+    """Encode what the diffusion configs train on, ahead of the training; all processes of a launcher share it out.
+
+    Raises:
+        ConfigError: none of them is a diffusion config, or what they build on is missing.
+    """
+    from . import processes
+    from .cache import make_cache
+    from .preflight import precision
+
+    wanted = [config for config in configs if isinstance(config, DiffusionConfig) and not config.data.streaming]
+    if not wanted:
+        raise ConfigError("nothing to cache: no config of a diffusion task among those given, or it streams its data")
+    check_together(configs)
+    opened = [open_data(config, configs) for config in wanted]
+    for config, rows in zip(wanted, opened, strict=True):
+        accelerator = processes.started(config.train, precision(config.train.mixed_precision))
+        with _in_one_line():
+            made = make_cache(config, *rows, accelerator)
+        if accelerator.is_main_process:
+            told = ", ".join(f"{n} {what.replace('_', ' ')}" for what, n in made.items())
+            log.info("%s: cached, %s", config.output_dir, told)
+
+
+def _summary(rows: Any) -> dict[str, Any]:
+    """What the report says of the data."""
+    from .data import Rows, check_rows
+
+    return check_rows(rows) if isinstance(rows, Rows) else {}
+
+
+@contextmanager
+def _in_one_line() -> Iterator[None]:
+    """A library that misses a file of a pretrained model tells it in a screenful; here it is a line of ours."""
+    try:
+        yield
+    except OSError as error:
+        text = " ".join(str(error).split())
+        raise ConfigError(f"a part that the run builds on cannot be opened: {text}") from error
+
+
+def open_data(config: Config, earlier: Sequence[Config] = ()) -> tuple[Any, Any]:
+    """Training and held-out rows; with ``data.streaming`` a stream of batches and the held-out rows.
+
+    Args:
+        earlier: configs whose runs this one builds on.
+    Raises:
+        DataError: naming folder, column or file.
+        ConfigError: a task that cannot stream.
+    """
     from .data import open_rows
 
-    source = _source(config)
-    return open_rows(**source, split="train"), open_rows(**source, split="test")
+    diffusion = isinstance(config, DiffusionConfig)
+    how: dict[str, Any] = {"buckets": None if diffusion else False, "step": side_step(config, earlier)}
+    if not config.data.streaming:
+        return open_rows(config.data, split="train", **how), open_rows(config.data, split="test", **how)
+    if not diffusion:
+        raise ConfigError(
+            f"{config.output_dir}: data.streaming is for the diffusion task; {config.task} needs its rows"
+        )
+    from .streams import RowStream
+
+    stream = RowStream(config.data, seed=config.seed, batch=config.train.batch_size, **how)
+    return stream, open_rows(config.data, split="test", **how)
 
 
-def _source(config: Config) -> dict[str, Any]:
-    """What of a config decides which rows there are; crops and flips come later."""
-    keys = ("path", "image_column", "caption_column", "resolution", "center_crop", "held_out")
-    return {key: getattr(config.data, key) for key in keys}
+def _source(config: Config, earlier: Sequence[Config]) -> str:
+    """What of a config decides which rows there are; random crops and flips come later."""
+    given = config.data.model_dump(mode="json", exclude={"random_crop", "random_flip"})
+    streamed = (config.seed, config.train.batch_size) if config.data.streaming else None
+    return json.dumps([given, isinstance(config, DiffusionConfig), side_step(config, earlier), streamed])
 
 
 def build(config: Config, train_rows: Any, test_rows: Any, run: Path, accelerator: Any) -> Any:
@@ -159,10 +260,3 @@ def build(config: Config, train_rows: Any, test_rows: Any, run: Path, accelerato
     from .tasks.diffusion import DiffusionTask
 
     return DiffusionTask(config, train_rows, test_rows, run, accelerator)
-
-
-def _one_process_as_asked(running: int) -> None:
-    """A launcher that starts another number of processes than asked is found here."""
-    asked = int(os.environ.get("WORLD_SIZE", "1"))
-    if asked != running:
-        raise ConfigError(f"the launcher set WORLD_SIZE={asked}, but {running} processes train together")

@@ -1,63 +1,229 @@
-"""Where rows come from: imagefolders, parquet files and hub data sets, opened by ``datasets``, split by split."""
+"""Where rows come from: imagefolders, parquet files, tars and hub data sets, opened split by split."""
 
 from __future__ import annotations
 
 import glob
+import logging
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 from PIL import Image
 
 from .pictures import one_line
+from .remembered import state_of
+from .schema import Data
+from .schema.data import Source
+from .tables import Beside, Column, Computed, DataError, Table, columns
+from .tars import TarTable
+
+__all__ = ["HUB", "DataError", "Source", "Split", "files_of", "open_split", "pick", "pictures_in"]
+
+log = logging.getLogger(__name__)
 
 HUB = "hub:"
 SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "test", "eval": "test"}
 SPLITS |= dict.fromkeys(("validation", "valid", "val", "dev"), "validation")
 
 Split = Literal["train", "test"]
+Parts = dict[str, list[Path]]  # files by split
 
 
-class DataError(ValueError):
-    """A data set that cannot be used; the message names the file, column or row, and what to do."""
+def open_split(place: Source, data: Data, split: Split, in_memory: int) -> tuple[Table, np.ndarray, bool]:
+    """A source's table, the rows of it that belong to the split, and whether those are still to be parted.
+
+    Args:
+        place: one of ``data.places``.
+        in_memory: parquet files that are larger are copied into Arrow files once, in the cache of ``datasets``.
+    Raises:
+        DataError: nothing there, nothing in it, a missing column or split.
+    """
+    if place.path.startswith(HUB):
+        parts = _loaded(place.path, place.path.removeprefix(HUB))
+        part, alone = pick(parts, split, place.path)
+        table = _arrow_table(place, parts[part].data.table, parts[part]._fingerprint)
+        return table, _all(table, place, part), alone
+    kind, files = files_of(place.path, data.mask_suffix)
+    if kind == "imagefolder":
+        return _imagefolder(place, data, split)
+    part, alone = pick(files, split, place.path)
+    if kind == "tar":
+        own = {key: getattr(place, key) for key in ("image_column", "caption_column", "mask_column")}
+        table = TarTable(place.path, files[part], **own, caption_extension=data.caption_extension)
+    else:
+        size = sum(file.stat().st_size for some in files.values() for file in some)
+        table = _parquet(place, files[part], part, size <= in_memory)
+    return table, _all(table, place, part), alone
 
 
-def tables(source: str, in_memory: int) -> dict[str, Any]:
-    """Splits by name. Streamed where that costs nothing, so that no copy of the data is written into a cache."""
-    if source.startswith(HUB):
-        return _loaded(source, source.removeprefix(HUB))
+def files_of(source: str, mask_suffix: str | None = None) -> tuple[Literal["imagefolder", "parquet", "tar"], Parts]:
+    """What kind of source a path is, and its files by split; of an imagefolder, its folders."""
     root = Path(source).expanduser()
-    if not root.exists():
+    if root.exists():
+        files = [root] if root.is_file() else [x for x in sorted(root.rglob("*")) if x.suffix in (".parquet", ".tar")]
+        if root.is_file() and not re.search(r"\.(parquet|tar(\.\w+)?|tgz)$", root.name):
+            raise DataError(f"{source}: expected a folder, a .parquet or a .tar file")
+    elif found := sorted(Path(x) for x in glob.glob(str(root)) if x.endswith((".parquet", ".tar"))):
+        files, root = found, Path(os.path.commonpath([x.parent for x in found]))
+    else:
         raise DataError(f"{source}: no such folder or file (a data set of the hub is written {HUB}owner/name)")
-    parquet = [root] if root.is_file() else sorted(root.rglob("*.parquet"))
-    parquet = [x for x in parquet if x.name != "metadata.parquet" and not _hidden(x, root)]
-    if root.is_file() and root.suffix != ".parquet":
-        raise DataError(f"{source}: expected a folder or a .parquet file")
+    files = [x for x in files if x.name != "metadata.parquet" and not _hidden(x, root)]
+    parquet = [x for x in files if x.suffix == ".parquet"]
+    if parquet and len(parquet) < len(files):
+        raise DataError(f"{source}: holds parquet files and tars; name one of the two, or both in data.sources")
+    if files and not parquet and root.is_dir() and next(pictures_in(root, mask_suffix), None):
+        raise DataError(f"{source}: holds pictures and tars ({files[0].name}); move one of the two away")
     if parquet:
-        parquet = [x for x in parquet if _rows_of(x)]
-        if not parquet:
+        files = [x for x in parquet if rows_of(x)]
+        if not files:
             raise DataError(f"{source}: the data set is empty: no rows in its parquet files")
-        parts: dict[str, list[str]] = {}
-        for file in parquet:
-            parts.setdefault(_split_of(file, root) or "", []).append(_pattern(file))
+    if files:
+        parts: Parts = {}
+        for file in files:
+            parts.setdefault(_split_of(file, root) or "", []).append(file)
         if len(parts) > 1 and "" in parts:
             raise DataError(f"{parts[''][0]}: belongs to no split, but other files here do ({', '.join(parts)})")
-        files = {name or "train": part for name, part in parts.items()}
-        # A small file is read in one go; a large one is converted to Arrow once, in datasets' cache, and mapped.
-        small = sum(x.stat().st_size for x in parquet) <= in_memory
-        return _loaded(source, "parquet", data_files=files, streaming=small)
+        return "parquet" if parquet else "tar", {name or "train": part for name, part in parts.items()}
+    if next(pictures_in(root, mask_suffix), None) is None:
+        raise DataError(f"{source}: the data set is empty: no picture, no parquet file and no tar in this folder")
     folders = [x for x in sorted(root.iterdir()) if x.is_dir() and x.name.lower() in SPLITS]
-    folders = [x for x in folders if next(pictures_in(x), None)] or [root]
-    if next(pictures_in(root), None) is None:
-        raise DataError(f"{source}: the data set is empty: no picture and no parquet file in this folder")
-    shared = [] if folders == [root] else [_pattern(x) for x in sorted(root.glob("metadata.*"))]
-    patterns: dict[str, list[str]] = {}
+    folders = [x for x in folders if next(pictures_in(x, mask_suffix), None)] or [root]
+    named: Parts = {}
     for folder in folders:
-        name = "train" if folder == root else SPLITS[folder.name.lower()]
-        patterns.setdefault(name, [*shared]).append(_pattern(folder) + "/**")
-    return _loaded(source, "imagefolder", data_files=patterns, streaming=True)
+        named.setdefault("train" if folder == root else SPLITS[folder.name.lower()], []).append(folder)
+    return "imagefolder", named
+
+
+def pick(parts: Mapping[str, Any], split: Split, source: str) -> tuple[str, bool]:
+    """The name of a split in the source, and whether it is the only one, which is then to be parted."""
+    if len(parts) == 1:
+        return next(iter(parts)), True
+    for name in ("train",) if split == "train" else ("test", "validation"):
+        if name in parts:
+            return name, False
+    raise DataError(f"{source}: no split for {split!r} among {', '.join(parts)}")
+
+
+# ---- imagefolder
+
+
+def _imagefolder(place: Source, data: Data, split: Split) -> tuple[Table, np.ndarray, bool]:
+    root = Path(place.path).expanduser()
+    folders = files_of(place.path, data.mask_suffix)[1]
+    part, alone = pick(folders, split, place.path)
+    above = [] if folders[part] == [root] else sorted(root.glob("metadata.*"))
+    metadata = above or [x for folder in folders[part] for x in sorted(folder.rglob("metadata.*"))]
+    captions = masks = None
+    if any(x.suffix in (".jsonl", ".csv", ".parquet") for x in metadata):
+        paths, captions, masks = _with_metadata(place, folders[part], above)
+    else:
+        paths = _listed(folders[part], data.mask_suffix)
+        if place.mask_column:
+            raise _no_column(place, "mask_column", "image", "; masks stand in metadata.jsonl as mask_file_name")
+        if place.caption_column is not None:
+            captions = Computed(Beside(data.caption_extension, text=True), paths)
+            if not any(captions.function.file(paths[i]).is_file() for i in range(len(paths))):
+                hint = f"; captions of an imagefolder stand in its metadata.jsonl, or in {data.caption_extension} files"
+                raise _no_column(place, "caption_column", "image", f"{hint} beside the pictures")
+    if data.mask_suffix:
+        masks = Computed(Beside(data.mask_suffix, text=False), paths)
+    about = f"column {place.caption_column!r}" if metadata else f"a {data.caption_extension} file beside it"
+    table = Table(place.path, paths, captions, masks, str(root.resolve()), about)
+    if metadata:
+        table.also = state_of(metadata)  # what it says of the pictures
+    return table, _all(table, place, part), alone
+
+
+def _listed(folders: Sequence[Path], mask_suffix: str | None) -> Column:
+    import pyarrow as pa
+
+    found = ({"image": path} for folder in folders for path in pictures_in(folder.resolve(), mask_suffix))
+    return columns(found, pa.schema({"image": pa.string()}))["image"]
+
+
+def _with_metadata(place: Source, folders: Sequence[Path], above: Sequence[Path]) -> tuple[Any, Any, Any]:
+    """Paths, captions and masks as ``datasets`` reads metadata.jsonl, .csv and .parquet: it refuses paths outside."""
+    import pyarrow as pa
+    from datasets import Image as ImageFeature
+
+    patterns = [_pattern(x) for x in above] + [_pattern(folder) + "/**" for folder in folders]
+    table = _loaded(place.path, "imagefolder", data_files={"train": patterns}, streaming=True)["train"]
+    wanted = columns_of(place)
+    check_columns(table.features.arrow_schema, place)
+    pictures = [name for name in wanted if isinstance(table.features[name], ImageFeature)]
+    for name in pictures:
+        table = table.cast_column(name, ImageFeature(decode=False))
+    types = {name: pa.string() if name in pictures else table.features.arrow_schema.field(name).type for name in wanted}
+
+    def rows() -> Iterator[dict[str, Any]]:
+        for row in table.select_columns(wanted):
+            yield {name: row[name] and row[name]["path"] if name in pictures else row[name] for name in wanted}
+
+    try:
+        read = columns(rows(), pa.schema(types))
+    except Exception as error:
+        raise _unreadable(place.path, error) from error
+    paths = read[place.image_column or ""]
+    if place.caption_column is not None:
+        _warn_of_unnamed(paths)
+    return paths, read.get(place.caption_column or ""), read.get(place.mask_column or "")
+
+
+def pictures_in(root: Path, mask_suffix: str | None = None) -> Iterator[str]:
+    """Files of known endings, in a fixed order, without hidden ones and masks."""
+    known = set(Image.registered_extensions())
+    for folder, inner, files in os.walk(root):
+        inner[:] = sorted(x for x in inner if not x.startswith((".", "__")))
+        for file in sorted(files):
+            if file.startswith(".") or (mask_suffix and file.endswith(mask_suffix)):
+                continue
+            if os.path.splitext(file)[1].lower() in known:
+                yield os.path.join(folder, file)
+
+
+def _warn_of_unnamed(paths: Sequence[str]) -> None:
+    """Pictures that no row of the metadata names are passed over by ``datasets`` without a word."""
+    named = np.sort(np.fromiter(map(hash, paths), np.int64, len(paths)))  # 8 bytes for each, whatever its length
+    folders = sorted({os.path.dirname(path) for path in paths})
+    tops = [x for x in folders if not any(x.startswith(y + os.sep) for y in folders)]  # the rest lies below them
+    unnamed, first = 0, ""
+    for path in (path for top in tops for path in pictures_in(Path(top))):
+        place = np.searchsorted(named, hash(path))
+        if place == len(named) or named[place] != hash(path):
+            unnamed, first = unnamed + 1, first or path
+    if unnamed:
+        log.warning("in no row of its metadata, left out: %d picture(s), the first %s", unnamed, first)
+
+
+# ---- parquet and hub
+
+
+def _parquet(place: Source, files: list[Path], part: str, small: bool) -> Table:
+    """A small one is read in one go; a large one is converted to Arrow once, in datasets' cache, and mapped."""
+    state = state_of(files)
+    if not small:
+        named = {part: [_pattern(file) for file in files]}
+        return _arrow_table(place, _loaded(place.path, "parquet", data_files=named)[part].data.table, state)
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    check_columns(pq.read_schema(files[0]), place)
+    try:
+        tables = [pq.read_table(file, columns=columns_of(place)) for file in files]
+        return _arrow_table(place, pa.concat_tables(tables, promote_options="permissive"), state)
+    except (pa.ArrowException, OSError) as error:
+        raise _unreadable(place.path, error) from error
+
+
+def _arrow_table(place: Source, table: Any, state: str) -> Table:
+    check_columns(table.schema, place)
+    read = {name: Column(table.column(name)) for name in columns_of(place)}
+    captions, masks = read.get(place.caption_column or ""), read.get(place.mask_column or "")
+    about = f"column {place.caption_column!r}"
+    return Table(place.path, read[place.image_column or ""], captions, masks, about_captions=about, state=state)
 
 
 def _loaded(source: str, builder: str, **options: Any) -> dict[str, Any]:
@@ -82,55 +248,76 @@ def _unreadable(source: str, error: Exception) -> DataError:
     return DataError(f"{source}: could not be read{where}: {one_line(error)}")
 
 
-def pick(tables: dict[str, Any], split: Split, source: str) -> tuple[str, bool]:
-    """The name of a split in the source, and whether it is the only one, which is then to be parted."""
-    if len(tables) == 1:
-        return next(iter(tables)), True
-    for name in ("train",) if split == "train" else ("test", "validation"):
-        if name in tables:
-            return name, False
-    raise DataError(f"{source}: no split for {split!r} among {', '.join(tables)}")
+def rows_of(parquet: Path) -> int:
+    import pyarrow.parquet
 
-
-def check_columns(features: Any, image_column: str, caption_column: str | None, source: str) -> None:
-    from datasets import Image as ImageFeature
-    from datasets import Value
-
-    columns = dict(features or {})
-    there = ", ".join(f"{name} ({_kind(feature)})" for name, feature in columns.items()) or "none"
-    for key, column in (("image_column", image_column), ("caption_column", caption_column)):
-        if column is not None and column not in columns:
-            hint = "; captions of an imagefolder stand in its metadata.jsonl" if key == "caption_column" else ""
-            raise DataError(f"{source}: no column {column!r} ({key}); there are: {there}{hint}")
-    feature = columns[image_column]
-    binary = isinstance(feature, Value) and "binary" in feature.dtype
-    if not (isinstance(feature, ImageFeature) or binary or (isinstance(feature, dict) and "bytes" in feature)):
-        raise DataError(f"{source}: column {image_column!r} (image_column) holds no pictures; there are: {there}")
-    if caption_column is not None:
-        feature = columns[caption_column]
-        if not (isinstance(feature, Value) and feature.dtype in ("string", "large_string", "string_view", "null")):
-            raise DataError(f"{source}: column {caption_column!r} (caption_column) is no text; there are: {there}")
-
-
-def read(table: Any, image_column: str, caption_column: str | None, source: str) -> tuple[Any, Any]:
-    """Encoded pictures and captions, (N,) each; captions None where none are asked for."""
-    from datasets import Image as ImageFeature
-    from datasets import IterableDataset
-
-    if isinstance(table.features[image_column], ImageFeature):
-        table = table.cast_column(image_column, ImageFeature(decode=False))
-    if not isinstance(table, IterableDataset):  # mapped from disk, one by one
-        return table[image_column], list(table[caption_column]) if caption_column else None
-    columns = [image_column, caption_column] if caption_column else [image_column]
     try:
-        rows = list(table.select_columns(columns))
+        return pyarrow.parquet.read_metadata(parquet).num_rows
     except Exception as error:
-        raise _unreadable(source, error) from error
-    return [row[image_column] for row in rows], [row[caption_column] for row in rows] if caption_column else None
+        raise DataError(f"{parquet}: is no parquet file that can be read ({one_line(error)})") from error
+
+
+# ---- columns
+
+
+def columns_of(place: Source) -> list[str]:
+    return [x for x in dict.fromkeys((place.image_column, place.caption_column, place.mask_column)) if x]
+
+
+def check_columns(schema: Any, place: Source) -> None:
+    """Of an Arrow schema. Raises DataError naming the key and what there is."""
+    from pyarrow import types as t
+
+    there = ", ".join(f"{field.name} ({field.type})"[:80] for field in schema) or "none"
+    for key in ("image_column", "caption_column", "mask_column"):
+        name = getattr(place, key)
+        if name is None:
+            continue
+        if name not in schema.names:
+            hint = "; captions of an imagefolder stand in its metadata.jsonl" if key == "caption_column" else ""
+            raise _no_column(place, key, there, hint)
+        kind = schema.field(name).type
+        if key == "caption_column":
+            inner = kind.value_type if t.is_list(kind) or t.is_large_list(kind) else kind
+            if not (_is_text(inner) or t.is_null(inner)):
+                raise DataError(f"{place.path}: column {name!r} ({key}) is no text; there are: {there}")
+        elif not (_holds_pictures(kind) or (key == "mask_column" and _is_text(kind))):
+            raise DataError(f"{place.path}: column {name!r} ({key}) holds no pictures; there are: {there}")
+
+
+def _holds_pictures(kind: Any) -> bool:
+    from pyarrow import types as t
+
+    return t.is_binary(kind) or t.is_large_binary(kind) or (t.is_struct(kind) and kind.get_field_index("bytes") >= 0)
+
+
+def _is_text(kind: Any) -> bool:
+    from pyarrow import types as t
+
+    return t.is_string(kind) or t.is_large_string(kind) or t.is_string_view(kind)
+
+
+def _no_column(place: Source, key: str, there: str, hint: str) -> DataError:
+    return DataError(f"{place.path}: no column {getattr(place, key)!r} ({key}); there are: {there}{hint}")
+
+
+# ---- splits
+
+
+def _all(table: Table, place: Source, part: str) -> np.ndarray:
+    """Its rows; where a metadata file above the folders of splits names those of all, the ones that lie in this."""
+    rows = np.arange(len(table))
+    if table.root is not None and any(x.name.lower() in SPLITS for x in os.scandir(table.root) if x.is_dir()):
+        tops = [os.path.relpath(table.path(i) or "", table.root).split(os.sep)[0].lower() for i in rows.tolist()]
+        if any(top in SPLITS for top in tops):
+            rows = np.array([i for i, top in enumerate(tops) if SPLITS.get(top) == part], np.int64)
+    if not len(rows):
+        raise DataError(f"{place.path}: the data set has no rows in its split {part!r}")
+    return rows
 
 
 def _hidden(file: Path, root: Path) -> bool:
-    return any(part.startswith((".", "__")) for part in file.relative_to(root).parts)
+    return file != root and any(part.startswith((".", "__")) for part in file.relative_to(root).parts)
 
 
 def _split_of(file: Path, root: Path) -> str | None:
@@ -142,36 +329,6 @@ def _split_of(file: Path, root: Path) -> str | None:
     return None
 
 
-def _rows_of(parquet: Path) -> int:
-    import pyarrow.parquet
-
-    try:
-        return pyarrow.parquet.read_metadata(parquet).num_rows
-    except Exception as error:
-        raise DataError(f"{parquet}: is no parquet file that can be read ({one_line(error)})") from error
-
-
 def _pattern(file: Path) -> str:
     """A path that ``datasets``, which globs, takes as it is written."""
     return glob.escape(str(file.resolve()))
-
-
-def pictures_in(root: Path) -> Iterator[str]:
-    known = set(Image.registered_extensions())
-    for folder, inner, files in os.walk(root):
-        inner[:] = [x for x in inner if not x.startswith((".", "__"))]
-        for file in files:
-            if not file.startswith(".") and os.path.splitext(file)[1].lower() in known:
-                yield os.path.join(folder, file)
-
-
-def _kind(feature: Any) -> str:
-    return getattr(feature, "dtype", None) or type(feature).__name__
-
-
-def in_split(root: str, paths: Sequence[str | None], part: str) -> Sequence[int]:
-    """The rows whose files lie in the folder of a split: a metadata file above the folders names those of all."""
-    tops = [os.path.relpath(path, root).split(os.sep)[0].lower() if path else "" for path in paths]
-    if not any(top in SPLITS for top in tops):
-        return range(len(tops))
-    return [i for i, top in enumerate(tops) if SPLITS.get(top) == part]

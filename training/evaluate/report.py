@@ -174,9 +174,13 @@ def _last(curves: dict[str, tuple[list[float], list[float]]]) -> str:
 
 
 def _plots(curves: dict[str, tuple[list[float], list[float]]]) -> list[str]:
-    """One panel for each key; ``held_out_loss`` shares the panel of ``loss``."""
+    """One panel for each key; ``held_out_loss`` shares the panel of ``loss``, and what is measured at several times one
+    of their own."""
     panels: dict[str, list[str]] = {}
     for key in sorted(curves, key=lambda k: ("loss" not in k, list(curves).index(k))):  # losses first
+        if "_at_" in key:
+            panels.setdefault(key.partition("_at_")[0] + " at t", []).append(key)
+            continue
         base = key.removeprefix("held_out_")
         panels.setdefault(base if base in curves else key, []).append(key)
     return [_panel(name, {k: curves[k] for k in keys}) for name, keys in panels.items()]
@@ -191,14 +195,15 @@ def _panel(name: str, curves: dict[str, tuple[list[float], list[float]]]) -> str
     figure = Figure(figsize=(4.4, 2.6), layout="constrained")
     axes = figure.add_subplot()
     drawn: list[float] = []
-    for (key, (x, y)), colour in zip(sorted(curves.items(), key=lambda kv: kv[0] != name), _COLOURS, strict=False):
+    colours = _COLOURS if len(curves) <= len(_COLOURS) else [_shade(i / (len(curves) - 1)) for i in range(len(curves))]
+    for (key, (x, y)), colour in zip(sorted(curves.items(), key=lambda kv: kv[0] != name), colours, strict=False):
         width = math.ceil(len(x) / POINTS)  # points that are averaged into one
         x, y = _averaged(x, width), _averaged(y, width)
         mark = "o" if len(x) < 3 else ""
         if key == name != "lr" and len(y) >= 40:  # a noisy training curve: faint, with its running mean on it
             axes.plot(x, y, color=colour, alpha=0.3, linewidth=0.8)
             y = _smooth(y, len(y) // 20)
-        axes.plot(x, y, color=colour, linewidth=1.5, marker=mark, label=key)
+        axes.plot(x, y, color=colour, linewidth=1.5, marker=mark, label=key.rpartition("_at_")[2])
         drawn += y
     if min(drawn) > 0 and max(drawn) > 30 * min(drawn) and name != "lr":
         axes.set_yscale("log")
@@ -214,7 +219,7 @@ def _panel(name: str, curves: dict[str, tuple[list[float], list[float]]]) -> str
         spine.set_visible(side in ("left", "bottom"))
         spine.set_color(grey)
     if len(curves) > 1:
-        axes.legend(fontsize=8, frameon=False, labelcolor=grey)
+        axes.legend(fontsize=8, frameon=False, labelcolor=grey, ncols=1 + len(curves) // 5)
     file = io.BytesIO()
     with rc_context({"svg.hashsalt": name}):  # equal logs, equal bytes
         figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
@@ -222,6 +227,13 @@ def _panel(name: str, curves: dict[str, tuple[list[float], list[float]]]) -> str
 
 
 _COLOURS = ("#4c8dd6", "#e08a3c")  # a panel holds a key and its held-out twin
+
+
+def _shade(share: float) -> tuple[float, float, float]:
+    """From the first colour to the second, for curves that are in an order."""
+    ends = [[int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)] for colour in _COLOURS]
+    r, g, b = ((1 - share) * x + share * y for x, y in zip(*ends, strict=True))
+    return r, g, b
 
 
 def _averaged(values: list[float], width: int) -> list[float]:

@@ -55,10 +55,10 @@ class UNetModel(Section):
     block_out_channels: tuple[Positive, ...] = (64, 128, 192)
     layers_per_block: Positive = 2
     attention_levels: tuple[bool, ...] | None = None  # which levels attend to the text; all but the finest if absent
-    attention_head_dim: Positive = 4  # the number of heads, as in SD's configs
+    attention_head_dim: Positive | tuple[Positive, ...] = 4  # the number of heads, as in SD's configs; or per level
     norm_num_groups: Positive = 32
     use_linear_projection: bool = True
-    transformer_layers_per_block: Positive = 1
+    transformer_layers_per_block: Positive | tuple[Positive, ...] = 1  # or per level
     cross_attention_dim: Positive | None = None  # taken from the text encoder
 
 

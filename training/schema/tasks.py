@@ -7,9 +7,10 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from .base import AboveZero, Positive, Section, Share
+from .cache import Cache
 from .data import Data
 from .models import ClipModel, DiTModel, MMDiTModel, UNetModel, VAEModel
-from .optim import Optimizer
+from .optim import EMA, AdamW, OptimizerSection
 from .paths import LogitNormalTimes, PathSection, RectifiedFlowPath, Timesteps, UnitWeight, Weighting
 from .train import Train
 
@@ -21,8 +22,9 @@ class Run(Section):
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     data: Data
     train: Train
-    optimizer: Optimizer = Optimizer()
+    optimizer: OptimizerSection = AdamW()
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.999  # warmed up as (1 + step) / (10 + step); 0 turns it off
+    ema: EMA = EMA()
 
 
 class AutoencoderLoss(Section):
@@ -74,6 +76,7 @@ class DiffusionConfig(Run):
     timesteps: Timesteps = LogitNormalTimes()
     weighting: Weighting = UnitWeight()
     caption_dropout: Share = 0.1
+    cache: Cache = Cache()
     sample: Sample = Sample()
 
 

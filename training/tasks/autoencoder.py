@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -19,6 +20,7 @@ from ..checkpoint import replace_folder
 from ..evaluate.grids import pairs_grid
 from ..evaluate.metrics import psnr, ssim
 from ..loop import Batch, Player
+from ..processes import gathered_mean, shared
 from ..schema import AutoencoderConfig
 from .common import made, player, tuned
 
@@ -47,10 +49,10 @@ class AutoencoderTask:
         self.players: list[Player] = [player("vae", self.vae, self.vae_loss, config, accelerator)]
         if config.loss.gan_weight:
             self.critic = PatchDiscriminator(3, config.loss.critic_channels, config.loss.critic_layers)
-            optimizer = config.optimizer.model_copy(update={"learning_rate": config.loss.critic_learning_rate})
+            own = {"learning_rate": config.loss.critic_learning_rate, "groups": ()}  # patterns are of the autoencoder's
+            optimizer = config.optimizer.model_copy(update=own)
             extra = {"optimizer": optimizer, "ema_decay": 0.0, "start": config.loss.gan_start}
             self.players.append(player("critic", self.critic, self.critic_loss, config, accelerator, **extra))
-        self._made: dict[int, Tensor] = {}  # reconstructions by first image index, for the critic's move
 
     def vae_loss(self, batch: Batch, images: int) -> tuple[Tensor, dict[str, Tensor]]:
         """Reconstruction + KL (nats per picture), and by config a perceptual and an adversarial term."""
@@ -71,21 +73,20 @@ class AutoencoderTask:
             weight = losses.adaptive_weight(rec, gan, self.vae.last_layer)
             loss = loss + c.gan_weight * weight * gan
             named |= {"generator_loss": gan, "adaptive_weight": weight}
-            self._made[int(batch["index"][0])] = y.detach()
+            batch["reconstruction"] = y.detach()  # for the critic's move
         return loss, {"loss": loss, **named}
 
     def critic_loss(self, batch: Batch, images: int) -> tuple[Tensor, dict[str, Tensor]]:
         """The critic sees the reconstructions that the autoencoder has just made."""
-        y = self._made.pop(int(batch["index"][0]))
-        loss = losses.critic_loss(self.players[1].module, batch["pictures"], y)
+        loss = losses.critic_loss(self.players[1].module, batch["pictures"], batch["reconstruction"])
         return loss, {"critic_loss": loss}
 
     @torch.no_grad()
-    def _reconstruct(self, rows: Pictures, count: int) -> tuple[Tensor, Tensor]:
-        """The first ``count`` pictures and their reconstructions from the latents' means, uint8 on the CPU."""
-        pictures, again = [], []
-        for first in range(0, count, self.batch_size):
-            x = rows.pictures(list(range(first, min(first + self.batch_size, count))))
+    def _reconstruct(self, rows: Pictures, wanted: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """These pictures and their reconstructions from the latents' means, uint8 on the CPU."""
+        pictures, again = [rows.pictures([0])[:0]], [rows.pictures([0])[:0]]
+        for first in range(0, len(wanted), self.batch_size):
+            x = rows.pictures(list(wanted[first : first + self.batch_size]))
             moments = self.vae.encode(to_unit(x).to(self.accelerator.device))
             pictures.append(x)
             again.append(to_bytes(self.vae.decode(moments.mean)).cpu())
@@ -96,13 +97,15 @@ class AutoencoderTask:
         values = {}
         with self.players[0].averaged():
             for name, rows in (("held_out", self.test_pictures), ("train", self.train_pictures)):
-                x, y = self._reconstruct(rows, min(len(rows), 256))
-                values |= {f"{name}_psnr": psnr(y, x).mean().item(), f"{name}_ssim": ssim(y, x).mean().item()}
+                x, y = self._reconstruct(rows, shared(min(len(rows), 256), self.accelerator))
+                for metric in (psnr, ssim):
+                    own = metric(y, x) if len(x) else torch.zeros(0)  # more processes than pictures
+                    values[f"{name}_{metric.__name__}"] = gathered_mean(own, self.accelerator)
         return values
 
     def sample(self, file: Path) -> None:
         with self.players[0].averaged():
-            x, y = self._reconstruct(self.test_pictures, min(len(self.test_pictures), SHOWN))
+            x, y = self._reconstruct(self.test_pictures, range(min(len(self.test_pictures), SHOWN)))
         file.parent.mkdir(parents=True, exist_ok=True)
         pairs_grid(x, y).save(file)
 

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
+import torch
+import torch._dynamo
 from accelerate import Accelerator
 from torch import Tensor, nn
 
 from ldm.models.base import Network
 
 from ..ema import EMA
+from ..fit import ConfigError
 from ..loop import Batch, Player
-from ..optim import GuardedAdamW
-from ..schema import Optimizer, Run, Train
+from ..optim import Guarded, check_optimizer
+from ..processes import prepare
+from ..schema import Run, Train
+from ..schema.optim import EMA as EMAConfig
+from ..schema.optim import AnyOptimizer
 
 Net = TypeVar("Net", bound=Network)
 Loss = Callable[[Batch, int], tuple[Tensor, dict[str, Tensor]]]
@@ -28,18 +33,29 @@ def player(
     config: Run,
     accelerator: Accelerator,
     *,
-    optimizer: Optimizer | None = None,
+    optimizer: AnyOptimizer | None = None,
     ema_decay: float | None = None,
     start: int = 0,
 ) -> Player:
-    """The module prepared for the devices, with an optimizer whose schedule ends with the run."""
+    """The module prepared for the devices, with an optimizer whose schedule ends with the run, and its averages.
+
+    Args:
+        optimizer, ema_decay: other than the config's; with an ``ema_decay`` of its own no snapshots are kept.
+        start: images seen before it joins.
+    Raises:
+        ConfigError: the optimizer's package is missing, or one of its groups matches nothing.
+    """
     optimizer = optimizer or config.optimizer
+    check_optimizer(optimizer, module)
+    end = config.train.images
     per_step = config.train.batch_size * config.train.gradient_accumulation_steps * accelerator.num_processes
-    steps = math.ceil(max(config.train.images - start, 1) / per_step)
-    prepared = accelerator.prepare(module)
-    adamw = GuardedAdamW(module.parameters(), optimizer, steps, math.ceil(optimizer.lr_warmup_images / per_step))
-    ema = EMA(module.parameters(), config.ema_decay if ema_decay is None else ema_decay)
-    return Player(name, prepared, loss, adamw, ema, start)
+    prepared = prepare(accelerator, module)
+    fp16 = accelerator.mixed_precision == "fp16"
+    guarded = Guarded(module.named_parameters(), optimizer, max(end - start, 1), per_step=per_step, fp16=fp16)
+    how = config.ema if ema_decay is None else EMAConfig()
+    decay = config.ema_decay if ema_decay is None else ema_decay
+    ema = EMA(module.named_parameters(), decay, how, start=start, end=end)
+    return Player(name, prepared, loss, guarded, ema, start)
 
 
 def made(name: str) -> str:
@@ -57,4 +73,29 @@ def tuned(net: Net, how: Train) -> Net:
     net.set_attention_backend(how.attention_backend)
     if how.gradient_checkpointing:
         net.enable_gradient_checkpointing(how.gradient_checkpointing)
+    if how.compile:
+        compile_blocks(net)
     return net
+
+
+def compile_blocks(net: Network, backend: str | Callable = "inductor", dynamic: bool | None = False) -> int:
+    """Compile each block of the network by itself (regional compilation): blocks of one class and the same sizes share
+    their code, so that it is made once and quickly. Parameters keep their names.
+
+    Args:
+        dynamic: torch's: False makes code for each size of a block and each shape of picture, the fastest; None makes
+            one for all once a second is seen.
+    Returns:
+        how many blocks there are.
+    Raises:
+        ConfigError: there are none.
+    """
+    blocks = net.blocks()
+    if not blocks:
+        raise ConfigError(f"train.compile: {type(net).__name__} has no blocks that repeat; leave it off")
+    limits: Any = torch._dynamo.config  # at its 8 versions of a function, torch goes on uncompiled: a UNet has more
+    limits.recompile_limit = max(limits.recompile_limit, 16 * len(blocks))
+    limits.accumulated_recompile_limit = max(limits.accumulated_recompile_limit, 16 * len(blocks))
+    for block in blocks:
+        block.compile(backend=backend, dynamic=dynamic)
+    return len(blocks)

@@ -1,14 +1,20 @@
-"""The denoiser: trained in latent space on cached latents and text, with classifier-free guidance in mind."""
+"""The denoiser: trained in latent space, on latents and text that are cached or encoded at each step, with
+classifier-free guidance in mind."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.utils.data import Dataset, IterableDataset
 
 from ldm import rng
 from ldm.cond import Cond
@@ -16,27 +22,24 @@ from ldm.denoiser import Denoiser
 from ldm.models.base import Network
 from ldm.models.dit import DiT
 from ldm.models.mmdit import MMDiT
-from ldm.models.text import TextEncoder
 from ldm.models.unet import UNet
-from ldm.models.vae import VAE
-from pipelines.core import Parts, generate
+from pipelines.core import Parts, generate, with_sizes
 from pipelines.folder import save_parts
 from pipelines.schedulers import default_schedule
 
-from ..batches import Encoded, LatentBatches, Stream
-from ..cache import encode
-from ..data import Rows
+from ..batches import LatentBatches, Stream, dropped
+from ..cache import BATCH, PIXELS, Caches, Together, open_caches
+from ..encoders import FAMILY, About, Encoders, encode_captions
 from ..evaluate.grids import picture_grid
 from ..loop import Batch
 from ..objective import path_of, prediction_of, times, weights
 from ..preflight import Sizes
-from ..schema import DiffusionConfig, DiTModel, MMDiTModel, UNetModel
-from .common import made, player, tuned
+from ..schema import DiffusionConfig, DiTModel, UNetModel
+from .common import player, tuned
 
 PROBED = 64  # rows whose loss is followed at fixed times and noise
 LEVELS = 8  # of t, for each of them
 FIXED = 2**40  # image indices that no run reaches: the probes' noise
-FAMILY = {"unet": "sd", "mmdit": "sd3", "dit": "pixart"}
 
 
 class Trained(nn.Module):
@@ -52,78 +55,154 @@ class Trained(nn.Module):
 
 
 class DiffusionTask:
-    """One player: the network. Autoencoder and text encoder serve the cache and the sample grids, and never train."""
+    """One player: the network. Autoencoder and text encoder never train, and what the cache answers for is in memory
+    only while the cache is made and while samples are drawn.
 
-    def __init__(self, config: DiffusionConfig, train: Rows, held_out: Rows, run: Path, accelerator: Accelerator):
-        self.config, self.run, self.seed = config, run, config.seed
-        self.device = accelerator.device
-        family = FAMILY[config.model.name]
-        vae = VAE.from_diffusers(made(config.vae.pretrained)).to(self.device).eval().requires_grad_(False)
-        joint = config.model.joint_attention_dim if isinstance(config.model, MMDiTModel) else None
-        text = text_encoder(made(config.text.pretrained), family, joint).to(self.device).eval().requires_grad_(False)
-        self.scale = vae.latent_scale
+    Args:
+        train: rows, or a stream of batches of pictures and captions, which are encoded at each step; it is told
+            which process this is, and what its masks and sizes must be.
+        held_out: rows that training never sees.
+    """
 
-        channels = vae.config["latent_channels"]
-        net = network(config, Sizes(vae.factor, channels, text.width, text.max_length, text.pooled_width))
+    def __init__(self, config: DiffusionConfig, train: Any, held_out: Any, run: Path, accelerator: Accelerator):
+        self.config, self.run, self.seed, self.accelerator = config, run, config.seed, accelerator
+        self.device, family = accelerator.device, FAMILY[config.model.name]
+        together = Together.of(accelerator)
+        self.encoders = Encoders(config, self.device)
+        self.about = together.told(self.encoders.about)
+        self.scale = self.about.scale
+
+        self.net = network(config, sizes_of(self.about))
         path, prediction = path_of(config.path), prediction_of(config)
-        self.parts = Parts(net, vae, text, default_schedule(path, prediction, family, config.timesteps.shift))
+        self.schedule = default_schedule(path, prediction, family, config.timesteps.shift)
         self.time, self.weight = partial(times, config, path), partial(weights, config, path, prediction)
+        self.null: Cond | None = None  # the null prompt's, once it is asked for
 
-        flip = config.data.random_flip
-        with accelerator.main_process_first():
-            cached = partial(encode, vae=vae, text=text, root=run / "cache")
-            self.train_cache = cached(train, train.fingerprint, flip=flip)
-            self.test_cache = cached(held_out, held_out.fingerprint)
-        self.rows = LatentBatches(self.train_cache, config.seed, dropout=config.caption_dropout, flip=flip)
-        self.captions = train.captions
+        stream: Any = train if isinstance(train, IterableDataset) else None
+        splits: list[tuple[Any, bool]] = [] if stream else [(train, config.data.random_flip)]
+        splits.append((held_out, False))
+        caches, _ = open_caches(config, splits, self.encoders, self.about, together)
+        self.test_rows = self._batches(splits[-1][0], caches[-1])
+        self.train_rows: LatentBatches | None = None
+        self.captions: Sequence[str] = held_out.captions
+        if stream:
+            stream.rank, stream.world = accelerator.process_index, accelerator.num_processes
+            stream.factor, stream.sizes = self.about.factor, self._told_sizes
+            self.rows: Dataset = stream
+        else:
+            flip, dropout = config.data.random_flip, config.caption_dropout
+            self.rows = self._batches(train, caches[0], dropout=dropout, flip=flip)
+            self.train_rows, self.captions = self._batches(train, caches[0]), splits[0][0].captions
+        done = {"vae": caches[0].latents is not None, "text": caches[0].texts is not None}
+        self.cached = dict.fromkeys(done, False) if stream else done
+        self.encoders.free(**self.cached)
 
-        self.players = [player("net", Trained(net), self.loss, config, accelerator)]
-        schedule = self.parts.schedule
+        self.players = [player("net", Trained(self.net), self.loss, config, accelerator)]
         self.denoiser = Denoiser(
-            self.players[0].module, path, prediction, schedule.time_input, learned_variance=config.learned_variance
+            self.players[0].module, path, prediction, self.schedule.time_input, learned_variance=config.learned_variance
         )
 
-    def _latents(self, batch: Batch) -> tuple[Tensor, Cond]:
-        """Normalized latents (B, C, h, w), drawn from their posterior, and what the network is told."""
-        mean, log_var = batch["moments"].chunk(2, dim=1)
+    def _batches(self, rows: Any, cached: Caches, **how: Any) -> LatentBatches:
+        how |= {"latents": cached.latents, "texts": cached.texts, "masks": cached.masks}
+        return LatentBatches(rows, self.seed, factor=self.about.factor, sizes=self._told_sizes, **how)
+
+    @property
+    def _told_sizes(self) -> bool:
+        """SDXL's size conditions."""
+        return isinstance(self.net, UNet) and self.net.config["addition_embed_type"] == "text_time"
+
+    @property
+    def parts(self) -> Parts:
+        """With the encoders, which are opened if they are not in memory."""
+        return Parts(self.net, self.encoders.vae, self.encoders.text, self.schedule)
+
+    # --- what the network is shown -----------------------------------------------------------------------------------
+
+    def _inputs(self, batch: Batch, dropout: float) -> tuple[Tensor, Cond]:
+        """Normalized latents (B, C, h, w), drawn from their posterior, and what the network is told.
+
+        Args:
+            dropout: share of the captions that become the null prompt, where they are not cached: there it is done.
+        """
+        mean, log_var = self._moments(batch).chunk(2, dim=1)
         eps = rng.normal(self.seed, batch["index"], mean.shape[1:], Stream.POSTERIOR)
         z = self.scale.normalize(mean + torch.exp(0.5 * log_var) * eps)
-        return z, Cond(batch["tokens"], batch.get("bias"), batch.get("pooled"))
+        if "tokens" in batch:
+            tokens, bias, pooled = (batch.get(name) for name in ("tokens", "bias", "pooled"))
+            cond = Cond(cast(Tensor, tokens).float(), bias, None if pooled is None else pooled.float())
+        else:
+            self.null = self.null or self.encoders.text.null()
+            drop, policy = dropped(self.seed, batch["index"], dropout), self.config.data.long_captions
+            captions = cast(list[str], batch["captions"])
+            cond = encode_captions(self.encoders.text, captions, policy, self.null, drop)
+        if "size_ids" in batch:
+            return z, replace(cond, size_ids=batch["size_ids"])
+        h, w = (side * self.about.factor for side in z.shape[-2:])
+        return z, with_sizes(self.net, cond, h, w)
+
+    @torch.no_grad()
+    def _moments(self, batch: Batch) -> Tensor:
+        """(B, 2C, h, w) in float32."""
+        if "moments" in batch:
+            return batch["moments"].float()
+        vae, pictures = self.encoders.vae, batch["pictures"]
+        step = max(1, min(BATCH, PIXELS // pictures[0, 0].numel()))
+        found = [vae.encode(x.to(vae.dtype)) for x in pictures.split(step)]
+        return torch.cat([torch.cat([x.mean, x.log_var], dim=1) for x in found]).float()
+
+    # --- what it learns from -----------------------------------------------------------------------------------------
 
     def loss(self, batch: Batch, images: int) -> tuple[Tensor, dict[str, Tensor]]:
-        z, cond = self._latents(batch)
+        z, cond = self._inputs(batch, self.config.caption_dropout)
         t = self.time(rng.uniform(self.seed, batch["index"], (), Stream.TIME), batch["index"])
         eps = rng.normal(self.seed, batch["index"], z.shape[1:], Stream.NOISE)
-        loss = (self.weight(t) * self.denoiser.loss(z, t, cond, eps=eps)).mean()
+        each = self.denoiser.loss(z, t, cond, eps=eps, mask=batch.get("mask"))
+        loss = (self.weight(t) * each).mean()
         return loss, {"loss": loss}
 
     @torch.no_grad()
-    def _probe(self, encoded: Encoded) -> float:
-        """Mean loss at fixed (row, t, noise): the same triples in every call and every run of this seed."""
-        rows = LatentBatches(encoded, self.seed)
+    def _probe(self, rows: LatentBatches) -> Tensor:
+        """Mean losses (LEVELS,) at fixed (row, t, noise): the same triples in every call and every run of this seed,
+        and the same numbers from any number of processes, which share them out."""
         pairs = [(FIXED + i, i // LEVELS) for i in range(min(len(rows), PROBED) * LEVELS)]
-        losses = []
-        for first in range(0, len(pairs), PROBED):
-            batch = {k: v.to(self.device) for k, v in rows.__getitems__(pairs[first : first + PROBED]).items()}
-            z, cond = self._latents(batch)
+        bucket = rows.bucket[[row for _, row in pairs]]
+        chunks = [
+            same[i : i + PROBED]
+            for same in (np.flatnonzero(bucket == b) for b in np.unique(bucket))
+            for i in range(0, len(same), PROBED)
+        ]
+        rank, world = self.accelerator.process_index, self.accelerator.num_processes
+        losses = torch.zeros(len(pairs), device=self.device)
+        for first in range(0, len(chunks), world):
+            chunk = chunks[min(first + rank, len(chunks) - 1)]  # all call the network as often: it may be shared out
+            found = rows.__getitems__([pairs[i] for i in chunk])
+            batch = {k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in found.items()}
+            z, cond = self._inputs(batch, 0.0)
             t = ((batch["index"] - FIXED) % LEVELS + 0.5) / LEVELS
             eps = rng.normal(self.seed, batch["index"], z.shape[1:], Stream.NOISE)
-            losses.append(self.denoiser.loss(z, t.float(), cond, eps=eps))
-        return torch.cat(losses).mean().item()
+            each = self.denoiser.loss(z, t.float(), cond, eps=eps, mask=batch.get("mask"))
+            if first + rank < len(chunks):
+                losses[torch.from_numpy(chunk).to(self.device)] = each
+        return cast(Tensor, self.accelerator.reduce(losses, "sum")).unflatten(0, (-1, LEVELS)).mean(0)
 
     def held_out(self) -> dict[str, float]:
-        """The loss at fixed (row, t, noise) of held-out rows, and of as many training rows."""
+        """The loss at fixed (row, t, noise) of held-out rows, at each t and in all, and of as many training rows."""
         with self.players[0].averaged():
-            return {"held_out_loss": self._probe(self.test_cache), "train_fixed_loss": self._probe(self.train_cache)}
+            each = self._probe(self.test_rows)
+            found = {"held_out_loss": each.mean().item()}
+            if self.train_rows is not None:
+                found["train_fixed_loss"] = self._probe(self.train_rows).mean().item()
+        levels = ((level + 0.5) / LEVELS for level in range(LEVELS))
+        return found | {f"held_out_loss_at_{t:.2f}": loss for t, loss in zip(levels, each.tolist(), strict=True)}
 
     @torch.no_grad()
     def sample(self, file: Path) -> None:
         """The config's prompts (or the first captions), drawn by the code that users will call."""
         how = self.config.sample
-        prompts = list(how.prompts) or list(dict.fromkeys(self.captions))[:16]
+        prompts = list(how.prompts) or first_distinct(self.captions, 16)
         generators = [torch.Generator().manual_seed(how.seed + i) for i in range(len(prompts))]
         with self.players[0].averaged():
-            self.parts.net.eval()
+            self.net.eval()
             pictures = generate(
                 self.parts,
                 prompts,
@@ -131,7 +210,8 @@ class DiffusionTask:
                 guidance_scale=how.guidance_scale,
                 generator=generators,
             )
-            self.parts.net.train()
+            self.net.train()
+        self.encoders.free(**self.cached)
         file.parent.mkdir(parents=True, exist_ok=True)
         picture_grid(pictures.cpu(), prompts).save(file)
 
@@ -139,14 +219,17 @@ class DiffusionTask:
         """``RUN/pipeline``: a folder that stock diffusers opens."""
         with self.players[0].averaged():
             save_parts(self.run / "pipeline", self.parts)
+        self.encoders.free(**self.cached)
 
 
-def text_encoder(name: str, family: str, joint_width: int | None) -> TextEncoder:
-    """SD3's tokens are as wide as both its CLIPs together, or wider."""
-    text = TextEncoder.from_pretrained(name, family, joint_width)
-    if family == "sd3" and joint_width is None:
-        text = TextEncoder(text.tokenizer, text.model, family, text.model.config.hidden_size + 2)
-    return text
+def first_distinct(captions: Sequence[str], count: int) -> list[str]:
+    """In their order, out of the first thousand times as many."""
+    found = dict.fromkeys(islice(captions, 1000 * count))
+    return list(islice(found, count))
+
+
+def sizes_of(about: About) -> Sizes:
+    return Sizes(about.factor, about.channels, about.width, about.length, about.pooled)
 
 
 def network(config: DiffusionConfig, s: Sizes) -> Network:

@@ -1,0 +1,63 @@
+"""A run's folder and its config: what may change while it goes on, and what is refused in one line."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.killed import configs, draw
+from training.config import dump, parse
+from training.fit import ConfigError
+from training.run import begun, check_folder, open_data, train_all
+
+
+def config(root: Path, task: str, **train: Any):
+    raw = configs(root, root, **train)[task]
+    return parse(raw, task)
+
+
+def test_keys_that_change_no_number_may_change(tmp_path: Path):
+    (tmp_path / "clip").mkdir()
+    (tmp_path / "clip" / "config.yaml").write_text(dump(config(tmp_path, "clip")))
+    more = {"num_workers": 2, "keep_last": 5, "processes": 2, "timeout_minutes": 1.0, "async_checkpoint": True}
+    check_folder(config(tmp_path, "clip", **more))
+    with pytest.raises(ConfigError, match=r"train\.batch_size: 2 there, 4 here"):
+        check_folder(config(tmp_path, "clip", batch_size=4))
+
+
+def test_a_run_has_begun_where_there_is_something_to_go_on_from(tmp_path: Path):
+    clip = config(tmp_path, "clip")
+    folder = tmp_path / "clip" / "checkpoints" / "images_000000008"
+    folder.mkdir(parents=True)
+    assert not begun(clip)
+    (folder / "manifest.json").write_text("{}")
+    assert begun(clip)
+
+
+def test_halves_of_a_clip_batch_are_refused(tmp_path: Path):
+    with pytest.raises(ConfigError, match="CLIP's loss is over whole batches"):
+        train_all([config(tmp_path, "clip", on_out_of_memory="halve")])
+
+
+def test_a_checkpoint_is_of_one_run(tmp_path: Path):
+    two = [config(tmp_path, "clip"), config(tmp_path, "vae")]
+    with pytest.raises(ConfigError, match="a checkpoint is of one run"):
+        train_all(two, tmp_path / "clip" / "checkpoints" / "images_000000008")
+
+
+def test_only_the_diffusion_task_streams(tmp_path: Path):
+    draw(tmp_path / "data")
+    raw = configs(tmp_path, tmp_path)
+    raw["clip"]["data"] = raw["stream"]["data"]
+    with pytest.raises(ConfigError, match=r"data\.streaming is for the diffusion task; clip needs its rows"):
+        open_data(parse(raw["clip"], "clip"))
+
+
+def test_a_missing_file_of_a_pretrained_part_is_one_line(tmp_path: Path):
+    """diffusers tells of it in many."""
+    from training.run import _in_one_line
+
+    with pytest.raises(ConfigError) as caught, _in_one_line():
+        raise OSError("Error no file named diffusion_pytorch_model.safetensors\n found in directory   /vae.")
+    assert str(caught.value).endswith("no file named diffusion_pytorch_model.safetensors found in directory /vae.")
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,66 @@
+"""What a device has and what of it is used: memory free and at its peak, and the share of its speed."""
+
+from __future__ import annotations
+
+import resource
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+
+# TFLOP/s of dense matrices in half precision, by a part of the device's name, the longer names first (vendors' sheets)
+TFLOPS = {
+    "H200": 989, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "GH200": 989, "B200": 2250, "A100": 312, "A800": 312,
+    "A40": 150, "A10G": 70, "A10": 125, "A30": 165, "L40S": 362, "L40": 181, "L4": 121, "V100": 125, "T4": 65,
+    "RTX 6000 Ada": 364, "RTX A6000": 155, "RTX 5090": 210, "RTX 4090": 165, "RTX 4080": 97, "RTX 3090": 71,
+}  # fmt: skip
+CONTAINER = Path("/sys/fs/cgroup")  # what a container may take, and has taken
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that a run could take: on a GPU what torch's allocator holds unused counts too, on a CPU a container's
+    limit does."""
+    if device.type == "cuda":
+        held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + held
+    free = _kilobytes(Path("/proc/meminfo"), "MemAvailable:") or 2**63
+    with suppress(OSError, ValueError):  # no such file, or "max"
+        limit, taken = (int((CONTAINER / name).read_text()) for name in ("memory.max", "memory.current"))
+        free = min(free, limit - taken)
+    return free
+
+
+def reset_peak(device: torch.device) -> None:
+    """``peak`` counts from here, where the system can be told so (a GPU, Linux)."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    with suppress(OSError):  # not on this system: the peak is then the process's
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+
+
+def peak(device: torch.device) -> int:
+    """Most bytes in use since ``reset_peak``: on a GPU by torch, on a CPU by the whole process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    whole_life = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return _kilobytes(Path("/proc/self/status"), "VmHWM:") or whole_life
+
+
+def _kilobytes(file: Path, line: str) -> int | None:
+    """In bytes, what a line of such a file tells; None where there is none."""
+    lines = file.read_text(encoding="ascii", errors="replace").splitlines() if file.is_file() else []
+    found = next((text for text in lines if text.startswith(line)), None)
+    return None if found is None else int(found.split()[1]) * 1024
+
+
+def utilisation(flops: float, device: torch.device, precision: str) -> float | None:
+    """FLOP/s of one device as a share of what its data sheet says; None of one that is not in the list, or in
+    float32."""
+    if device.type != "cuda" or precision == "no":
+        return None
+    name = torch.cuda.get_device_name(device)
+    known = next((tflops for part, tflops in TFLOPS.items() if part in name), None)
+    return None if known is None else flops / (known * 1e12)

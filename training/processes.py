@@ -1,0 +1,257 @@
+"""Many processes: the launch is checked, work is shared out, and one that is dead or stuck is named."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import DistributedType, GradScalerKwargs, InitProcessGroupKwargs
+from torch import Tensor, nn
+
+from .fit import ConfigError
+from .schema import Train
+
+LOST = 70  # exit code of a job that one of its processes left
+
+
+def started(train: Train, mixed_precision: str, run: Path | None = None) -> Accelerator:
+    """The accelerator of this process, among as many as were asked for.
+
+    Args:
+        run: folder of the run, where its tracker may write; None: none is started.
+    Raises:
+        ConfigError: a launcher started another number of processes, or brings settings of its own that would be counted
+            twice.
+    """
+    check_launcher()
+    AcceleratorState._reset_state()  # a run before this one may have had another precision
+    seconds = 60 * train.timeout_minutes * 1.5 + 5  # after ours has named the one that is missing
+    group = InitProcessGroupKwargs(timeout=timedelta(seconds=seconds))
+    scaler = GradScalerKwargs(enabled=False)  # the optimizer scales the loss
+    trackers: dict[str, Any] = {}
+    if run is not None and train.report_to != "none":
+        if train.report_to not in {tracker.value for tracker in get_available_trackers()}:
+            raise ConfigError(f"train.report_to {train.report_to}: pip install {train.report_to}, or set it to none")
+        trackers = {"log_with": train.report_to, "project_dir": run / "log"}
+    accelerator = Accelerator(mixed_precision=mixed_precision, kwargs_handlers=[group, scaler], **trackers)
+    running, asked = accelerator.num_processes, int(os.environ.get("WORLD_SIZE", "1"))
+    if asked != running:
+        raise ConfigError(
+            f"the launcher set WORLD_SIZE={asked}, but {running} processes train together; on a CPU set "
+            "ACCELERATE_USE_CPU=true before torchrun or accelerate launch --multi_gpu"
+        )
+    if train.processes not in (None, running):
+        raise ConfigError(f"train.processes {train.processes}: {running} were started")
+    if accelerator.gradient_accumulation_steps != 1:
+        raise ConfigError(
+            "accelerate's own gradient_accumulation_steps would be counted twice: take it out of the accelerate "
+            "config and set train.gradient_accumulation_steps"
+        )
+    kind = accelerator.distributed_type
+    if kind == DistributedType.DEEPSPEED:
+        raise ConfigError(
+            "DeepSpeed's engine owns optimizer, clipping and accumulation, and would take the place of `optimizer`, of "
+            "the guards and of exact resuming: use configs/accelerate/fsdp2.yaml, which shares out the same tensors"
+        )
+    if kind == DistributedType.MEGATRON_LM or (kind == DistributedType.FSDP and not accelerator.is_fsdp2):
+        raise ConfigError(
+            f"{kind.value}: not supported; use FSDP with fsdp_version: 2, as configs/accelerate/fsdp2.yaml"
+        )
+    if train.on_out_of_memory == "halve" and running > 1:
+        raise ConfigError("train.on_out_of_memory halve: works in one process; with several lower train.batch_size")
+    return accelerator
+
+
+def check_launcher() -> None:
+    """``accelerate launch --cpu --num_processes 2`` runs one process (accelerate#2741), and leaves this trace.
+
+    Raises:
+        ConfigError: so it was.
+    """
+    if {"ACCELERATE_MIXED_PRECISION", "MASTER_ADDR"} <= os.environ.keys() and "WORLD_SIZE" not in os.environ:
+        raise ConfigError(
+            "accelerate launch was asked for several processes and started one; on a CPU use "
+            "ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes N, or torchrun"
+        )
+
+
+def prepare(accelerator: Accelerator, module: nn.Module) -> nn.Module:
+    """The module on its device, wrapped for several processes; under FSDP2 shared out block by block.
+
+    accelerate shares a module out together with its optimizer only, and ours is made afterwards, on what is shared out.
+    """
+    if not accelerator.is_fsdp2:
+        return accelerator.prepare(module)
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
+    plugin: Any = accelerator.state.fsdp_plugin
+    mesh, dims = accelerator.torch_device_mesh, accelerator.parallelism_config
+    module.to(accelerator.device)
+    return share_out(
+        module,
+        mesh=None if mesh is None or dims is None else mesh[tuple(dims.fsdp_dim_names)],
+        reshard_after_forward=plugin.reshard_after_forward,
+        mp_policy=plugin.mixed_precision_policy or MixedPrecisionPolicy(),
+        offload_policy=plugin.cpu_offload,
+    )
+
+
+def share_out(module: nn.Module, **how: Any) -> nn.Module:
+    """Each entry of the module's lists of layers, and the rest together, as units of FSDP2."""
+    from torch.distributed.fsdp import fully_shard
+
+    how = {k: v for k, v in how.items() if v is not None}
+    for part in list(module.modules()):
+        if isinstance(part, nn.ModuleList) and not any(
+            isinstance(x, nn.ModuleList) for x in part.modules() if x is not part
+        ):
+            for layer in part:
+                fully_shard(layer, **how)
+    fully_shard(module, **how)
+    return module
+
+
+# --- work that is shared out -----------------------------------------------------------------------------------------
+
+
+def shared(n: int, accelerator: Accelerator) -> range:
+    """This process's part of 0 … n - 1: every ``world``-th, so that the parts differ by one at most."""
+    return range(accelerator.process_index, n, accelerator.num_processes)
+
+
+def gathered_mean(values: Tensor, accelerator: Accelerator) -> float:
+    """The mean of all processes' values (N,), of which each may have another number.
+
+    Raises:
+        ValueError: no process has any.
+    """
+    total = torch.stack(
+        [values.double().sum(), torch.tensor(float(values.numel()), dtype=torch.float64).to(values.device)]
+    )
+    if accelerator.num_processes > 1:
+        total = cast(Tensor, accelerator.reduce(total.to(accelerator.device), "sum"))
+    if not total[1]:
+        raise ValueError("no values to take the mean of")
+    return (total[0] / total[1]).item()
+
+
+def all_or_none(error: Exception | None, accelerator: Accelerator) -> None:
+    """Raise in every process what one met with; all of them call this.
+
+    Raises:
+        the error itself where it was met, RuntimeError in the others.
+    """
+    if accelerator.num_processes > 1:
+        from accelerate.utils import gather_object
+
+        told = gather_object([None if error is None else f"process {accelerator.process_index}: {error}"])
+        others = [text for text in told if text is not None]
+        if others and error is None:
+            raise RuntimeError(others[0])
+    if error is not None:
+        raise error
+
+
+# --- one that is dead or stuck ---------------------------------------------------------------------------------------
+
+
+class Pulse:
+    """Every process writes how far it is to ``RUN/log/process_N.json``, and looks at the others' when it stands still.
+
+    A process that has not moved for ``timeout_minutes`` (it waits for another, or is itself stuck) says which ones are
+    behind, and leaves; the launcher then ends the rest. A thread does it: it works whatever the process waits in.
+
+    Args:
+        folder: RUN/log.
+        seconds: how long a process may stand still.
+    """
+
+    def __init__(self, folder: Path, accelerator: Accelerator, seconds: float):
+        self.folder, self.seconds = folder, seconds
+        self.rank, self.world = accelerator.process_index, accelerator.num_processes
+        self.count, self.what, self.moved = 0, "starting", time.monotonic()
+        self.stop = threading.Event()
+
+    def at(self, what: str) -> None:
+        """The process has come to another point; all processes pass the same ones in the same order."""
+        self.count, self.what, self.moved = self.count + 1, what, time.monotonic()
+
+    @contextmanager
+    def beating(self) -> Iterator[Pulse]:
+        """Nothing to do for one process."""
+        if self.world == 1:
+            yield self
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        thread = threading.Thread(target=self._beat, name="pulse", daemon=True)
+        self._write()
+        thread.start()
+        try:
+            yield self
+        finally:
+            self.stop.set()
+            thread.join()
+            self._file(self.rank).unlink(missing_ok=True)
+
+    def _file(self, rank: int) -> Path:
+        return self.folder / f"process_{rank}.json"
+
+    def _write(self) -> None:
+        told = {"count": self.count, "what": self.what, "host": socket.gethostname(), "pid": os.getpid()}
+        partial = self._file(self.rank).with_suffix(".partial")
+        partial.write_text(json.dumps({**told, "time": time.time()}))
+        partial.replace(self._file(self.rank))
+
+    def _beat(self) -> None:
+        while not self.stop.wait(min(1.0, self.seconds / 10)):
+            self._write()
+            if time.monotonic() - self.moved > self.seconds:
+                print(f"ldm: {self.missing()}; the job ends", file=sys.stderr, flush=True)
+                os._exit(LOST)
+
+    def missing(self, wait: bool = False) -> str:
+        """The processes that are behind, or whose pulse has stopped.
+
+        Args:
+            wait: until the pulse of one that has died just now is seen to have stopped.
+        """
+        silent = min(5.0, max(2.0, self.seconds / 2))
+        if wait:
+            time.sleep(silent + 1)
+        self._write()
+        told: dict[int, dict[str, Any]] = {}
+        for rank in range(self.world):
+            try:
+                told[rank] = json.loads(self._file(rank).read_text())
+            except (OSError, ValueError):
+                told[rank] = {"count": -1, "what": "none", "host": "?", "pid": "?", "time": 0.0}
+        last = {r: -1 if time.time() - t["time"] > silent else t["count"] for r, t in told.items()}
+        behind = [r for r in told if last[r] < max(last.values())]
+        names = [
+            f"process {r} (pid {told[r]['pid']} on {told[r]['host']}, last seen {told[r]['what']})" for r in behind
+        ]
+        stood = f"no step for {time.monotonic() - self.moved:.0f} s"
+        if not names:
+            return f"{stood}: all {self.world} processes wait at the same point ({self.what}); look at the network"
+        return f"{stood}: {', '.join(names)} {'is' if len(names) == 1 else 'are'} dead or stuck; the others wait"
+
+
+def lost_peer(error: BaseException) -> bool:
+    """What a collective raises when another process is gone."""
+    text = str(error)
+    return isinstance(error, RuntimeError) and (
+        isinstance(error, torch.distributed.DistError) or "gloo" in text or "NCCL" in text
+    )

@@ -1,0 +1,275 @@
+"""A rehearsal is the run itself, in a folder that goes away: the same task, loop, loader, optimizer, validation, sample
+grid, checkpoint and export, on some of the rows, for a few steps, on the device that will train. It is timed."""
+
+from __future__ import annotations
+
+import gc
+import io
+import math
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from contextlib import redirect_stderr
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate import Accelerator
+from torch.utils.data import IterableDataset
+
+from . import measure
+from .fit import ConfigError
+from .schema import AutoencoderConfig, Config, DiffusionConfig
+
+if TYPE_CHECKING:
+    from .loop import Player
+
+STEPS = 6  # of a rehearsal: the first one warms up
+ROWS = 64  # at least, of which the cache is made
+DRAWN = 2  # steps of the sampler: the others take as long as the last
+NEVER = 10**15  # images
+
+
+@dataclass(frozen=True)
+class Rehearsal:
+    """Of a run, in seconds and bytes.
+
+    Attributes:
+        step: of one process, all accumulated micro-batches and all players together.
+        alone: the same before the players join that start later.
+        memory: most in use at any time.
+        once: each time that it is done: start, validation, samples, checkpoint, export.
+        decoded, picture, caption: one of them, decoded or encoded for the cache; 0 where it is not cached.
+        spent: by the whole run, by what it is spent on.
+    """
+
+    step: float
+    alone: float
+    memory: int
+    once: dict[str, float] = field(default_factory=dict)
+    decoded: float = 0.0
+    picture: float = 0.0
+    caption: float = 0.0
+    spent: dict[str, float] = field(default_factory=dict)
+
+    def seconds(self, config: Config, world: int, pictures: int, captions: int) -> dict[str, float]:
+        """What the whole run will take, by what it is spent on.
+
+        Args:
+            world: processes, which share out the cache.
+            pictures, captions: different ones that the cache will hold; a mirror image is a picture.
+        """
+        train = config.train
+        per_step = train.batch_size * train.gradient_accumulation_steps * world
+        steps = math.ceil(train.images / per_step)
+        alone = math.ceil(min(joining(config), train.images) / per_step)
+        sides = 1 + config.data.random_flip  # decoded once for both
+        cache = max(self.decoded / sides, self.picture) * pictures + self.caption * captions
+        found = {"steps": self.alone * alone + self.step * (steps - alone), "cache": cache / world}
+        found |= {name: self.once.get(name, 0.0) for name in ("start", "export")}
+        every = {
+            "validation": train.validate_every, "samples": train.sample_every, "checkpoint": train.checkpoint_every,
+        }  # fmt: skip
+        return found | {k: self.once.get(k, 0.0) * times_due(n, per_step, steps) for k, n in every.items()}
+
+
+def times_due(every: int, per_step: int, steps: int) -> int:
+    """How often the loop does what is due whenever the clock passes a multiple of ``every``, and at the end."""
+    end = per_step * steps
+    crossed = min(steps, end // every)
+    return crossed if end // every != (end - per_step) // every else crossed + 1
+
+
+def joining(config: Config) -> int:
+    """Images after which all players train."""
+    if isinstance(config, AutoencoderConfig) and config.loss.gan_weight:
+        return config.loss.gan_start
+    return 0
+
+
+def rehearse(config: Config, train_rows: Any, test_rows: Any, accelerator: Accelerator) -> Rehearsal:
+    """A few steps of the run in ``config.output_dir``, and all that it does beside them, once. Tells nothing.
+
+    What it makes stays there, untrained, for a run that builds on it.
+
+    Raises:
+        ConfigError: a part that the run builds on cannot be opened.
+        and what ``loop.train`` raises.
+    """
+    from . import loop
+    from .run import build
+
+    how, run, device = config.train, Path(config.output_dir), accelerator.device
+    per_step = how.batch_size * how.gradient_accumulation_steps * accelerator.num_processes
+    steps, start, left_out = STEPS, joining(config), 0.0
+    if isinstance(config, AutoencoderConfig) and 0 < start < how.images:
+        steps, start = 2 * STEPS, STEPS * per_step
+        config = config.model_copy(update={"loss": config.loss.model_copy(update={"gan_start": start})})
+    if isinstance(config, DiffusionConfig):
+        own = config.cache.model_copy(update={"dir": None})  # one that others use is left alone
+        fewer = min(DRAWN, config.sample.num_inference_steps)
+        sample = config.sample.model_copy(update={"num_inference_steps": fewer})
+        left_out = config.sample.num_inference_steps / fewer - 1
+        config = config.model_copy(update={"cache": own, "sample": sample})
+        train_rows, test_rows = (_some(rows, max(2 * per_step, ROWS)) for rows in (train_rows, test_rows))
+    never = {f"{name}_every": NEVER for name in ("log", "validate", "sample", "checkpoint")}  # at the end alone
+    short = how.model_copy(update={"images": steps * per_step, "async_checkpoint": False, **never})
+    run.mkdir(parents=True, exist_ok=True)
+    measure.reset_peak(device)
+    torch.manual_seed(config.seed)
+    with redirect_stderr(io.StringIO()):  # bars, and lines that the run will say again
+        began = time.perf_counter()
+        try:
+            task = build(config, train_rows, test_rows, run, accelerator)
+        except OSError as error:
+            text = " ".join(str(error).split())
+            raise ConfigError(f"a part that the run builds on cannot be opened: {text}") from error
+        built = time.perf_counter()
+        encoding = _encoding(task, train_rows) if isinstance(config, DiffusionConfig) else (0.0, 0.0, 0.0)
+        entered = time.perf_counter()
+        timed = Timed(task, device)
+        loop.train(timed, short, run=run, seed=config.seed, accelerator=accelerator, inputs={})
+        timed.once["checkpoint"] = time.perf_counter() - timed.last
+        if timed.drawing:
+            timed.once["samples"] += left_out * len(timed.drawing) * timed.drawing[-1]
+        if not accelerator.is_fsdp2 and accelerator.is_main_process:
+            timed.export()
+    accelerator.wait_for_everyone()
+    memory = measure.peak(device)
+    step, alone, first = timed.step(start), timed.step(0, start), timed.starts[min(1, len(timed.starts) - 1)][1]
+    if how.num_workers:  # those that fill their queues while the first steps warm up hide what they take
+        waits = _loading(task.rows, how.batch_size) * how.gradient_accumulation_steps / how.num_workers
+        step, alone = max(step, waits), max(alone, waits)
+    timed.once["start"] = max(0.0, built - began + first - entered - alone)
+    found = Rehearsal(step, alone, memory, timed.once, *encoding)
+    accelerator.free_memory()
+    del task, timed
+    gc.collect()
+    return found
+
+
+def _some(rows: Any, count: int) -> Any:
+    return rows.head(count) if hasattr(rows, "head") else rows
+
+
+class Timed:
+    """A task whose moves are timed: when each step begins, and how long the rest takes.
+
+    A step is not waited for: the loop itself lets the device be one step ahead of it and no more, so that from the
+    third on steps begin as fast as the device makes them.
+    """
+
+    def __init__(self, task: Any, device: torch.device):
+        self.task, self.device, self.rows = task, device, task.rows
+        self.starts: list[tuple[int, float]] = []  # images seen before the step, when it began
+        self.once: dict[str, float] = {}
+        self.drawing: list[float] = []  # what each call of the network took while samples were drawn
+        self.last = 0.0
+        first, *others = task.players
+        self.players: Sequence[Player] = [replace(first, loss=self._stamped(first.loss)), *others]
+
+    def _now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+    def _stamped(self, loss: Callable[..., Any]) -> Callable[..., Any]:
+        def stamped(batch: Any, images: int) -> Any:
+            if not self.starts or self.starts[-1][0] != images:  # the first micro-batch of a step
+                self.starts.append((images, time.perf_counter()))
+            return loss(batch, images)
+
+        return stamped
+
+    def step(self, first: int, stop: int | None = None) -> float:
+        """Seconds of a step that begins at ``first`` images or later and before ``stop``: the median, without the
+        first one. Without any such step those of all."""
+        times = [t for images, t in self.starts if images >= first and (stop is None or images <= stop)]
+        if len(times) < 3:
+            times = [t for _, t in self.starts]
+        return statistics.median([after - before for before, after in pairwise(times)][1:])
+
+    def _timed(self, name: str, move: Callable[[], Any]) -> Any:
+        start = self._now()
+        found = move()
+        self.last = self._now()
+        self.once[name] = self.last - start
+        return found
+
+    def held_out(self) -> dict[str, float]:
+        return self._timed("validation", self.task.held_out)
+
+    def sample(self, file: Path) -> None:
+        net = getattr(self.task, "net", None)
+        if net is None:
+            return self._timed("samples", lambda: self.task.sample(file))
+        before = net.register_forward_pre_hook(lambda *_: self.drawing.append(-self._now()))
+        after = net.register_forward_hook(self._called)
+        try:
+            self._timed("samples", lambda: self.task.sample(file))
+        finally:
+            before.remove()
+            after.remove()
+
+    def _called(self, *_: Any) -> None:
+        self.drawing[-1] += self._now()
+
+    def export(self) -> None:
+        self._timed("export", self.task.export)
+
+
+# --- parts of a step, and of the cache -------------------------------------------------------------------------------
+
+
+def _loading(rows: Any, batch: int) -> float:
+    """Seconds that one process takes to make a micro-batch."""
+    if isinstance(rows, IterableDataset):
+        made = iter(rows)
+        next(made)  # it works one ahead
+        began = time.perf_counter()
+        for _ in range(2):
+            next(made)
+        made.close()  # type: ignore[attr-defined]
+        return (time.perf_counter() - began) / 2
+    bucket = getattr(rows, "bucket", None)
+    same = range(len(rows)) if bucket is None else (bucket == bucket[0]).nonzero()[0].tolist()
+    pairs = [(i, same[i % len(same)]) for i in range(batch)]
+    times = []
+    for _ in range(2):
+        began = time.perf_counter()
+        rows.__getitems__(pairs)
+        times.append(time.perf_counter() - began)
+    return times[-1]
+
+
+@torch.no_grad()
+def _encoding(task: Any, rows: Any) -> tuple[float, float, float]:
+    """Seconds to decode a picture, to encode one, and to encode a caption, of those that the cache holds."""
+    from .batches import to_unit
+    from .cache import BATCH, PIXELS
+
+    if isinstance(rows, IterableDataset) or not any(task.cached.values()):
+        return 0.0, 0.0, 0.0
+    encoders, h, w = task.encoders, *rows.shapes[rows.bucket[0]]
+    same = (rows.bucket == rows.bucket[0]).nonzero()[0][: max(1, min(BATCH, PIXELS // (h * w)))].tolist()
+    texts = [text for i in range(min(len(rows), BATCH)) for text in rows.texts[i]][:BATCH]
+    picture = caption = decoded = 0.0
+    for _ in range(2):  # the second counts
+        began = time.perf_counter()
+        pictures = rows.pictures(same)
+        decoded = (time.perf_counter() - began) / len(same)
+        if task.cached["vae"]:
+            vae = encoders.vae
+            began = time.perf_counter()
+            vae.encode(to_unit(pictures).to(vae.device, vae.dtype)).mean.cpu()  # waits for it
+            picture = (time.perf_counter() - began) / len(same)
+        if task.cached["text"]:
+            text = encoders.text
+            began = time.perf_counter()
+            text.encode(texts).tokens.cpu()
+            text.count_tokens(texts)
+            caption = (time.perf_counter() - began) / len(texts)
+    encoders.free(**task.cached)
+    return decoded * task.cached["vae"], picture, caption

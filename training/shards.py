@@ -1,0 +1,178 @@
+"""Files that a stream reads from front to back: parquet (here or on the hub) and tars, opened when they are reached."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+import numpy as np
+
+from .index import digest_of
+from .pictures import one_line
+from .remembered import state_of
+from .schema import Data
+from .schema.data import Source
+from .sources import HUB, SPLITS, check_columns, columns_of, files_of, pick
+from .tables import DataError, Table, bytes_of
+from .tars import TarTable
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One file of a source."""
+
+    place: Source
+    file: str  # a path, or hf://datasets/owner/name/…
+
+    def open(self, data: Data) -> Table:
+        """Its rows. Raises DataError naming the file."""
+        if self.file.endswith(".tar"):
+            own = {key: getattr(self.place, key) for key in ("image_column", "caption_column", "mask_column")}
+            return TarTable(self.file, [Path(self.file)], **own, caption_extension=data.caption_extension)
+        return ParquetTable(self.place, self.file)
+
+
+def shards(data: Data, split: str) -> list[Shard]:
+    """The files of a split, in a fixed order. In a source with one split some whole files are held out by their names.
+
+    Raises:
+        DataError: a source that is no set of parquet or tar files, or of a single one.
+    """
+    found = []
+    for place in data.places:
+        parts = _hub_files(place.path) if place.path.startswith(HUB) else _local_files(place.path)
+        part, alone = pick(parts, split, place.path)  # type: ignore[arg-type]
+        files = sorted(parts[part])
+        if alone:
+            files = _parted(files, data.held_out, split, place.path)
+        found += [Shard(place, file) for file in files]
+    return found
+
+
+def _local_files(source: str) -> dict[str, list[str]]:
+    kind, parts = files_of(source)
+    if kind == "imagefolder":
+        raise DataError(
+            f"{source}: data.streaming reads parquet and tar files; leave it out for a folder of pictures, which are "
+            "read from it as they are needed anyway"
+        )
+    return {name: [str(file) for file in files] for name, files in parts.items()}
+
+
+def _hub_files(source: str) -> dict[str, list[str]]:
+    """The data set's own parquet files, or those that the hub has made of it."""
+    from huggingface_hub import HfFileSystem
+
+    name = source.removeprefix(HUB)
+    try:
+        system: Any = HfFileSystem()
+        for root in (f"datasets/{name}", f"datasets/{name}@refs/convert/parquet"):
+            files = sorted(str(x) for x in system.glob(f"{root}/**/*.parquet"))
+            if files:
+                break
+    except Exception as error:
+        raise DataError(f"{source}: could not be had from the hub: {one_line(error)}") from error
+    if not files:
+        raise DataError(f"{source}: has no parquet files to be streamed")
+    parts: dict[str, list[str]] = {}
+    for file in files:
+        words = file.replace("-", "/").replace(".", "/").lower().split("/")[3:]
+        parts.setdefault(next((SPLITS[x] for x in words if x in SPLITS), "train"), []).append(f"hf://{file}")
+    return parts
+
+
+def _parted(files: list[str], share: float, split: str, source: str) -> list[str]:
+    if len(files) < 2:
+        raise DataError(f"{source}: a stream of one file has none to hold out; part it, or name another one test")
+    order = sorted(files, key=lambda file: digest_of(Path(file).name.encode()))
+    test = set(order[: max(1, round(share * len(files)))])
+    if len(test) == len(files):
+        raise DataError(f"{source}: {len(files)} files are too few to hold out {share:.0%} of them")
+    return [file for file in files if (file in test) == (split == "test")]
+
+
+class ParquetTable(Table):
+    """A parquet file by row, one row group in memory at a time."""
+
+    def __init__(self, place: Source, file: str):
+        import pyarrow.parquet as pq
+
+        super().__init__(place.path, (), about_captions=f"column {place.caption_column!r}")
+        self.file, self.place = file, place
+        try:
+            self._parquet = pq.ParquetFile(_opened(file))
+            about = self._parquet.metadata
+        except Exception as error:
+            raise DataError(f"{file}: is no parquet file that can be read ({one_line(error)})") from error
+        check_columns(self._parquet.schema_arrow, place)
+        self.captions = () if place.caption_column else None
+        self.masks = () if place.mask_column else None
+        counts = [about.row_group(i).num_rows for i in range(about.num_row_groups)]
+        self._starts = np.cumsum([0, *counts])
+        self._lock, self._group, self._table = Lock(), -1, None  # one reading head for all threads
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def __reduce__(self) -> Any:
+        return ParquetTable, (self.place, self.file)  # a process opens the file for itself
+
+    def state(self) -> str:
+        return state_of([self.file])
+
+    def name(self, row: int) -> str:
+        return f"{self.file}, row {row}"
+
+    def _value(self, column: str | None, row: int) -> Any:
+        if column is None:
+            return None
+        group = int(np.searchsorted(self._starts, row, "right")) - 1
+        with self._lock:
+            if group != self._group:
+                try:
+                    self._table = self._parquet.read_row_group(group, columns=columns_of(self.place))
+                except Exception as error:
+                    raise DataError(f"{self.file}: row group {group} cannot be read ({one_line(error)})") from error
+                self._group = group
+            return self._table.column(column)[row - int(self._starts[group])].as_py()  # type: ignore[union-attr]
+
+    def path(self, row: int) -> str | None:
+        return None
+
+    def picture(self, row: int) -> bytes:
+        return bytes_of(self._value(self.place.image_column, row))
+
+    def mask(self, row: int) -> bytes | None:
+        value = self._value(self.place.mask_column, row)
+        return None if value is None else bytes_of(value)
+
+    def caption(self, row: int) -> Any:
+        try:
+            return self._value(self.place.caption_column, row) if self.place.caption_column else ""
+        except UnicodeDecodeError as error:
+            raise ValueError(f"its caption is not UTF-8 ({error.reason} at byte {error.start})") from error
+
+
+def _opened(file: str) -> Any:
+    if not file.startswith("hf://"):
+        return file
+    from huggingface_hub import HfFileSystem
+
+    return HfFileSystem().open(file.removeprefix("hf://"), "rb")
+
+
+def subset(rows: int, share: float) -> np.ndarray:
+    """Row numbers of an evenly spread share of a shard's rows."""
+    return np.flatnonzero(np.diff(np.floor(np.arange(rows + 1) * share + 1e-9)))
+
+
+def passes(found: Sequence[Shard]) -> list[tuple[int, float]]:
+    """(shard, share of its rows) for each time that an epoch goes through a shard."""
+    listed: list[tuple[int, float]] = []
+    for number, shard in enumerate(found):
+        whole, rest = divmod(shard.place.repeats, 1)
+        listed += [(number, 1.0)] * int(whole) + ([(number, rest)] if rest else [])
+    return listed
