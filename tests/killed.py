@@ -152,8 +152,10 @@ def place() -> dict[str, str]:
     import torch
     import transformers
 
+    from benchmarks.measure import cpu_name
+
     versions = {m.__name__: m.__version__ for m in (torch, diffusers, transformers)}
-    return {**versions, "cpu": torch.backends.cpu.get_cpu_capability()}
+    return {**versions, "cpu": f"{torch.backends.cpu.get_cpu_capability()} {cpu_name()}"}
 
 
 if __name__ == "__main__":

@@ -45,14 +45,14 @@ def test_killed_at_random_moments_and_gone_on_with(made: Path):
 
 def test_the_losses_of_twenty_steps_are_those_that_were_written_down(made: Path):
     """To the last bit with the versions and the CPU that they were written with; elsewhere sums come in another order,
-    and twenty steps of Adam let it grow: 1e-6 of the loss."""
+    and twenty steps of Adam let it grow: AVX2's kernels in place of AVX-512's move a loss by 1e-6, a norm by 2e-6."""
     golden = json.loads(GOLDEN.read_text())
     exact = golden["place"] == place()
     for task in TASKS:
         found = losses(made / task)
         assert len(found) == len(golden["losses"][task]) and found[-2]["images"] == 80
         for here, there in zip(found, golden["losses"][task], strict=True):
-            assert here == there if exact else here == pytest.approx(there, rel=1e-6), task
+            assert here == there if exact else here == pytest.approx(there, rel=1e-5), task
 
 
 @pytest.mark.slow

@@ -92,8 +92,8 @@ class Feed:
                 batch = next(source)
             except StopIteration:
                 return
-            except RuntimeError as error:
-                if "DataLoader" not in str(error):  # the rows' own
+            except (RuntimeError, ConnectionError, EOFError) as error:  # the last two: it died as it handed over
+                if isinstance(error, RuntimeError) and "DataLoader" not in str(error):  # the rows' own
                     raise
                 codes = [worker.exitcode for worker in getattr(source, "_workers", ())]
                 raise RuntimeError(
