@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.utils.data import Dataset, IterableDataset
 
-from . import checkpoint, sharded, state
+from . import checkpoint, measure, sharded, state
 from .ema import EMA
 from .fit import ConfigError
 from .gradients import OutOfMemory, gradients, parted
@@ -85,12 +85,14 @@ def train(
     accelerator: Accelerator,
     inputs: dict[str, str],
     resume: str | Path = "auto",
+    flops: int | None = None,
 ) -> bool:
     """Train until ``config.images`` have been seen.
 
     Args:
         inputs: hashes of what the run builds on; a checkpoint that was made from others is refused.
         resume: ``auto``: from the newest checkpoint in ``run``, if any; ``never``; or the folder of a checkpoint.
+        flops: of one image's training step, to log what share of the devices is used.
     Returns:
         True if any step was made.
     Raises:
@@ -170,7 +172,8 @@ def train(
                     window.means(accelerator),
                     (now.images - images_start) / (time.perf_counter() - clock_start),
                 )
-                journal.write(now.images, {**means, "lr": players[0].optimizer.lr, "images_per_second": speed})
+                timed = {"images_per_second": speed, **measure.work(flops, speed, accelerator)}
+                journal.write(now.images, {**means, "lr": players[0].optimizer.lr, **timed})
                 show(now.images, means, speed)
                 window = Window()
             for player in players if main or split else ():

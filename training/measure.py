@@ -8,6 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator
 
 # TFLOP/s of dense matrices in half precision, by a part of the device's name, the longer names first (vendors' sheets)
 TFLOPS = {
@@ -64,3 +65,17 @@ def utilisation(flops: float, device: torch.device, precision: str) -> float | N
     name = torch.cuda.get_device_name(device)
     known = next((tflops for part, tflops in TFLOPS.items() if part in name), None)
     return None if known is None else flops / (known * 1e12)
+
+
+def work(flops: int | None, speed: float, accelerator: Accelerator) -> dict[str, float]:
+    """For the log: TFLOP/s of all processes, and as a share of what their devices can do (MFU) where that is known.
+
+    Args:
+        flops: of one image; None: nothing is told.
+        speed: images a second.
+    """
+    if flops is None:
+        return {}
+    found = {"tflops": flops * speed / 1e12}
+    share = utilisation(flops * speed / accelerator.num_processes, accelerator.device, accelerator.mixed_precision)
+    return found if share is None else {**found, "mfu": share}

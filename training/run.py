@@ -132,8 +132,10 @@ def train_one(config: Config, train_rows: Any, test_rows: Any, resume: str | Pat
     from transformers.utils import logging as transformers_logging
 
     from . import loop, measure, processes
+    from .arithmetic import training_flops
     from .evaluate.report import write_report
     from .preflight import precision
+    from .sizes import network_of
 
     run, start = Path(config.output_dir), time.perf_counter()
     mixed = precision(config.train.mixed_precision)
@@ -156,7 +158,10 @@ def train_one(config: Config, train_rows: Any, test_rows: Any, resume: str | Pat
         task = build(config, train_rows, test_rows, run, accelerator)
     inputs = inputs_of(config, train_rows)
     accelerator.init_trackers(run.name, config={"config": dump(config)})
-    loop.train(task, config.train, run=run, seed=config.seed, accelerator=accelerator, inputs=inputs, resume=resume)
+    loop.train(
+        task, config.train, run=run, seed=config.seed, accelerator=accelerator, inputs=inputs, resume=resume,
+        flops=training_flops(*network_of(config)) if main else None,
+    )  # fmt: skip
     if accelerator.is_fsdp2:
         if main:
             log.info("%s: trained; the same command in one process, without FSDP, writes the pipeline", run)
