@@ -77,7 +77,7 @@ _said: set[tuple] = set()
 @torch.compiler.assume_constant_result  # torch.compile calls it while tracing: the choice is logged there too
 def _auto(device: str, dtype: torch.dtype, biased: bool) -> str:
     """What ``auto`` takes; logged the first time that this is asked."""
-    if (device, dtype, biased) not in _said:
+    if device != "meta" and (device, dtype, biased) not in _said:  # on meta nothing is computed, only counted
         _said.add((device, dtype, biased))
         name = str(dtype).removeprefix("torch.")
         why = "torch's SDPA"
