@@ -95,11 +95,12 @@ def train(
     _logging()
     from .run import begun, train_all
 
+    opened: dict[str, Any] = {}
     if tell and (ahead := [config for config in loaded if not begun(config)]):
         from .preflight import report
 
-        report(ahead, earlier=[config for config in loaded if config not in ahead])
-    train_all(loaded, resume)
+        report(ahead, earlier=[config for config in loaded if config not in ahead], opened=opened)
+    train_all(loaded, resume, opened=opened)
 
 
 @app.command()

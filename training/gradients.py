@@ -76,11 +76,8 @@ def _forget(player: Player) -> None:
 
 def _what_fits(player: Player, batch: Batch, images: int, accelerator: Accelerator, config: Train, said: str) -> str:
     """The message: found out by trying halves of what did not fit."""
-    text, fits = (
-        f"out of memory at image {images} with {sizes(batch)} (train.batch_size {config.batch_size}): {said}",
-        0,
-    )
-    smaller = batch
+    text = f"out of memory at image {images} with {sizes(batch)} (train.batch_size {config.batch_size}): {said}"
+    smaller, fits = batch, 0
     while not fits and len(smaller["index"]) > 1:
         smaller = halves(smaller)[0]
         try:

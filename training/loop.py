@@ -168,10 +168,8 @@ def train(
             if now.images >= config.images or due(config.checkpoint_every):
                 asked |= watchman.settle()
             if due(config.log_every):
-                means, speed = (
-                    window.means(accelerator),
-                    (now.images - images_start) / (time.perf_counter() - clock_start),
-                )
+                means = window.means(accelerator)
+                speed = (now.images - images_start) / (time.perf_counter() - clock_start)
                 timed = {"images_per_second": speed, **measure.work(flops, speed, accelerator)}
                 journal.write(now.images, {**means, "lr": players[0].optimizer.lr, **timed})
                 show(now.images, means, speed)

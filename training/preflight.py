@@ -24,7 +24,7 @@ from torch.utils.data import IterableDataset
 from . import measure, processes
 from .arithmetic import Memory, parameters, training_flops, training_memory
 from .config import relocate
-from .fit import ConfigError, side_step
+from .fit import ConfigError
 from .rehearsal import Rehearsal, joining, rehearse
 from .schema import AutoencoderConfig, Config, DiffusionConfig
 from .sizes import Sizes, network_of, sizes
@@ -46,26 +46,31 @@ def precision(asked: str) -> str:
 
 
 def report(
-    configs: Sequence[Config], *, earlier: Sequence[Config] = (), console: Console | None = None
+    configs: Sequence[Config],
+    *,
+    earlier: Sequence[Config] = (),
+    console: Console | None = None,
+    opened: dict[str, Split] | None = None,
 ) -> list[Rehearsal | None]:
     """Open the data, rehearse each run, and print a table of each. Nothing is left behind, and nothing that comes
     after it notices: of several processes all ask together, and the first one prints.
 
     Args:
         earlier: configs that these build on, whose runs are there.
+        opened: filled with the rows that were looked at, for ``run.train_all``.
     Returns:
         The rehearsals; None of a run that does not fit on this device, or that builds on such a one.
     Raises:
         ConfigError, DataError: a run cannot be made; the key, file or row is named.
     """
-    from .run import open_data
+    from .run import open_data, source_of
 
-    opened: dict[Any, Split] = {}
+    opened = {} if opened is None else opened
     found: list[Rehearsal | None] = []
     with _undisturbed(), _room(configs) as room:
         for i, config in enumerate(configs):
             before = [*earlier, *configs[:i]]
-            key, began = _source(config, before), time.perf_counter()
+            key, began = source_of(config, before), time.perf_counter()
             opened[key] = opened.get(key) or open_data(config, before)
             opening = time.perf_counter() - began
             inner = config
@@ -274,13 +279,6 @@ def _accelerator(config: Config) -> Accelerator:
     """Of the processes that are there, though the run may ask for more: what it will take is told from any of them."""
     any_number = config.train.model_copy(update={"processes": None})
     return processes.started(any_number, precision(config.train.mixed_precision))
-
-
-def _source(config: Config, earlier: Sequence[Config]) -> Any:
-    """Equal for configs that see the same rows."""
-    data = config.data.model_copy(update={"random_crop": None, "random_flip": False})
-    streamed = (config.seed, config.train.batch_size) if data.streaming else None
-    return data.model_dump_json(), side_step(config, earlier), streamed
 
 
 def _bytes(size: float) -> str:

@@ -20,7 +20,6 @@ from accelerate import Accelerator
 from torch.utils.data import IterableDataset
 
 from . import measure
-from .fit import ConfigError
 from .schema import AutoencoderConfig, Config, DiffusionConfig
 
 if TYPE_CHECKING:
@@ -121,11 +120,7 @@ def rehearse(config: Config, train_rows: Any, test_rows: Any, accelerator: Accel
     torch.manual_seed(config.seed)
     with redirect_stderr(io.StringIO()):  # bars, and lines that the run will say again
         began = time.perf_counter()
-        try:
-            task = build(config, train_rows, test_rows, run, accelerator)
-        except OSError as error:
-            text = " ".join(str(error).split())
-            raise ConfigError(f"a part that the run builds on cannot be opened: {text}") from error
+        task = build(config, train_rows, test_rows, run, accelerator)
         built = time.perf_counter()
         encoding = _encoding(task, train_rows) if isinstance(config, DiffusionConfig) else (0.0, 0.0, 0.0)
         entered = time.perf_counter()

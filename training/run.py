@@ -89,11 +89,14 @@ def _given(config: Config) -> dict[str, str]:
     return given
 
 
-def train_all(configs: Sequence[Config], resume: str | Path = "auto") -> None:
+def train_all(
+    configs: Sequence[Config], resume: str | Path = "auto", *, opened: dict[str, tuple[Any, Any]] | None = None
+) -> None:
     """Run the configs in order; what is already made is taken up.
 
     Args:
         resume: ``auto``: from each run's newest checkpoint, if any; ``never``; or a checkpoint's folder, of one config.
+        opened: rows that ``preflight.report`` has looked at already, by ``source_of``.
     Raises:
         ConfigError: before anything is computed, if any of them cannot be run.
     """
@@ -109,10 +112,11 @@ def train_all(configs: Sequence[Config], resume: str | Path = "auto") -> None:
         check_optimizer(config.optimizer)
         if isinstance(config, ClipConfig) and config.train.on_out_of_memory == "halve":
             raise ConfigError("train.on_out_of_memory halve: CLIP's loss is over whole batches; set a smaller one")
-    opened: dict[str, tuple[Any, Any]] = {}  # stages with the same data share the rows
-    sources = [_source(config, configs[:i]) for i, config in enumerate(configs)]
+    opened = {} if opened is None else opened  # stages with the same data share the rows
+    sources = [source_of(config, configs[:i]) for i, config in enumerate(configs)]
     for i, (config, source) in enumerate(zip(configs, sources, strict=True)):
-        opened[source] = opened.get(source) or open_data(config, configs[:i])
+        if source not in opened or config.data.streaming:  # a stream that was read from is not at its beginning
+            opened[source] = open_data(config, configs[:i])
     for config, source in zip(configs, sources, strict=True):
         rows = opened[source]
         if is_done(config, inputs_of(config, rows[0])):
@@ -154,8 +158,7 @@ def train_one(config: Config, train_rows: Any, test_rows: Any, resume: str | Pat
             run, config.task, "a stream" if config.data.streaming else f"{len(train_rows)} pictures", len(test_rows),
             f"{world} processes, " if world > 1 else "", accelerator.device, mixed if mixed != "no" else "float32",
         )  # fmt: skip
-    with _in_one_line():
-        task = build(config, train_rows, test_rows, run, accelerator)
+    task = build(config, train_rows, test_rows, run, accelerator)
     inputs = inputs_of(config, train_rows)
     accelerator.init_trackers(run.name, config={"config": dump(config)})
     loop.train(
@@ -245,15 +248,16 @@ def open_data(config: Config, earlier: Sequence[Config] = ()) -> tuple[Any, Any]
     return stream, open_rows(config.data, split="test", **how)
 
 
-def _source(config: Config, earlier: Sequence[Config]) -> str:
+def source_of(config: Config, earlier: Sequence[Config]) -> str:
     """What of a config decides which rows there are; random crops and flips come later."""
     given = config.data.model_dump(mode="json", exclude={"random_crop", "random_flip"})
     streamed = (config.seed, config.train.batch_size) if config.data.streaming else None
     return json.dumps([given, isinstance(config, DiffusionConfig), side_step(config, earlier), streamed])
 
 
+@_in_one_line()
 def build(config: Config, train_rows: Any, test_rows: Any, run: Path, accelerator: Any) -> Any:
-    """The task that a config asks for."""
+    """The task that a config asks for. Raises ConfigError where a part that it builds on cannot be opened."""
     if isinstance(config, ClipConfig):
         from .tasks.clip import ClipTask
 
