@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from .adapt import Conditioning, Lora, NewToken, Prior
 from .base import AboveZero, Positive, Section, Share
 from .cache import Cache
 from .data import Data
@@ -62,22 +63,56 @@ class Sample(Section):
     seed: int = 0
 
 
-class DiffusionConfig(Run):
-    task: Literal["diffusion"]
-    vae: Pretrained
-    text: Pretrained
-    model: Annotated[UNetModel | MMDiTModel | DiTModel, Field(discriminator="name")]
-    path: PathSection = RectifiedFlowPath()
-    prediction_type: Literal["flow_prediction", "epsilon", "v_prediction", "sample", "score", "karras"] = (
-        "flow_prediction"
-    )
-    sigma_data: AboveZero = 1.0  # of karras: the latents' standard deviation, which scaling brings to 1
-    learned_variance: bool = False  # the network tells each step's variance too (Nichol & Dhariwal 2021); dit alone
-    timesteps: Timesteps = LogitNormalTimes()
+PredictionType = Literal["flow_prediction", "epsilon", "v_prediction", "sample", "score", "karras"]
+
+
+class LatentRun(Run):
+    """What every training of a denoiser has."""
+
     weighting: Weighting = UnitWeight()
+    noise_offset: Annotated[float, Field(ge=0)] = 0.0  # times one normal number for each channel, added to its noise
+    input_perturbation: Annotated[float, Field(ge=0)] = 0.0  # times normal noise, added to what the network sees alone
     caption_dropout: Share = 0.1
     cache: Cache = Cache()
     sample: Sample = Sample()
 
 
-Config = AutoencoderConfig | ClipConfig | DiffusionConfig
+class DiffusionConfig(LatentRun):
+    """From nothing, in the latents of an autoencoder, told by a text encoder."""
+
+    task: Literal["diffusion"]
+    vae: Pretrained
+    text: Pretrained
+    model: Annotated[UNetModel | MMDiTModel | DiTModel, Field(discriminator="name")]
+    path: PathSection = RectifiedFlowPath()
+    prediction_type: PredictionType = "flow_prediction"
+    sigma_data: AboveZero = 1.0  # of karras: the latents' standard deviation, which scaling brings to 1
+    learned_variance: bool = False  # the network tells each step's variance too (Nichol & Dhariwal 2021); dit alone
+    timesteps: Timesteps = LogitNormalTimes()
+
+
+class AdaptConfig(LatentRun):
+    """From a finished pipeline: all of its denoiser, or a LoRA, or new tokens."""
+
+    task: Literal["adapt"]
+    base: str  # pipeline folder, output_dir of another config, hub name, or a single .safetensors file
+    base_config: str | None = None  # of a single file: a pipeline folder of its family, for tokenizers and configs
+    variant: str | None = None  # of the base's files, as fp16
+    base_dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # of frozen weights; auto: half where a GPU trains
+
+    # What the base says of itself; a key that is given must agree with it.
+    prediction_type: PredictionType | None = None
+    path: PathSection | None = None
+    rescale_betas_zero_snr: bool = False  # teach a chain to start from pure noise (Lin et al. 2024, algorithm 1)
+
+    train_denoiser: bool = True  # false: new_tokens or the text encoders alone
+    train_text_encoder: bool = False  # with lora: by one of its own
+    lora: Lora | None = None
+    new_tokens: tuple[NewToken, ...] = ()
+    prior: Prior | None = None
+    conditioning: Conditioning | None = None
+    timesteps: Timesteps | None = None  # None: uniform on a chain, SD3's logit-normal on a flow, with the base's shift
+    ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0
+
+
+Config = AutoencoderConfig | ClipConfig | DiffusionConfig | AdaptConfig
