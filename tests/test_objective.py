@@ -58,7 +58,7 @@ def test_every_name_of_the_mathematics_is_a_name_of_the_config() -> None:
     for name in PREDICTIONS:
         assert type(prediction_of(config(prediction_type=name))) is PREDICTIONS[name]
     for name in TIMESTEPS:
-        assert times(config(timesteps={"name": name}), RectifiedFlow(), U, INDEX).shape == U.shape
+        assert times(config(timesteps={"name": name}).timesteps, 8, RectifiedFlow(), U, INDEX).shape == U.shape
     for name in WEIGHTINGS:
         assert weights(config(weighting={"name": name}), RectifiedFlow(), V(), U).shape == U.shape
     assert prediction_of(config(prediction_type="karras", sigma_data=0.3)) == Karras(0.3)
@@ -67,9 +67,9 @@ def test_every_name_of_the_mathematics_is_a_name_of_the_config() -> None:
 def test_options_reach_their_function() -> None:
     given = config(timesteps={"mean": 0.7, "std": 0.5, "shift": 3.0})
     expected = shift(logit_normal(U, RectifiedFlow(), mean=0.7, std=0.5), 3.0)
-    torch.testing.assert_close(times(given, RectifiedFlow(), U, INDEX), expected)
+    torch.testing.assert_close(times(given.timesteps, 8, RectifiedFlow(), U, INDEX), expected)
     given = config(timesteps={"name": "mode", "scale": 0.4})
-    torch.testing.assert_close(times(given, RectifiedFlow(), U, INDEX), mode(U, RectifiedFlow(), scale=0.4))
+    torch.testing.assert_close(times(given.timesteps, 8, RectifiedFlow(), U, INDEX), mode(U, RectifiedFlow(), scale=0.4))
     given = config(weighting={"name": "min_snr", "gamma": 2.0})
     torch.testing.assert_close(weights(given, CosineVP(), V(), U), min_snr(CosineVP(), V(), U, gamma=2.0))
 
@@ -78,7 +78,7 @@ def test_stratified_times_depend_on_the_image_and_not_on_the_batch() -> None:
     given = config(timesteps={"name": "uniform", "stratified": True})
 
     def at(rows: slice) -> Tensor:
-        return times(given, RectifiedFlow(), U[rows], INDEX[rows])
+        return times(given.timesteps, 8, RectifiedFlow(), U[rows], INDEX[rows])
 
     whole = at(slice(None))
     torch.testing.assert_close(torch.cat([at(slice(0, 5)), at(slice(5, 32))]), whole)

@@ -14,10 +14,12 @@ import yaml
 from pydantic import BaseModel, Field, TypeAdapter, ValidationError
 
 from .fit import ConfigError, contradiction
-from .schema import AutoencoderConfig, ClipConfig, Config, DiffusionConfig, Pretrained
+from .schema import AdaptConfig, AutoencoderConfig, ClipConfig, Config, DiffusionConfig, Pretrained
 
 _ADAPTER: TypeAdapter[Config] = TypeAdapter(Annotated[Config, Field(discriminator="task")])
-_TASKS = {"autoencoder": AutoencoderConfig, "clip": ClipConfig, "diffusion": DiffusionConfig}
+_TASKS = {
+    "autoencoder": AutoencoderConfig, "clip": ClipConfig, "diffusion": DiffusionConfig, "adapt": AdaptConfig,
+}  # fmt: skip
 
 
 class _Loader(yaml.SafeLoader):
@@ -94,6 +96,8 @@ def relocate(configs: Sequence[Config], root: str | Path) -> list[Config]:
         if isinstance(config, DiffusionConfig):
             update["vae"] = Pretrained(pretrained=follow(config.vae.pretrained))
             update["text"] = Pretrained(pretrained=follow(config.text.pretrained))
+        if isinstance(config, AdaptConfig):
+            update["base"] = follow(config.base)
         if isinstance(config, AutoencoderConfig) and (config.loss.perceptual or "").startswith("clip:"):
             source = "clip:" + follow((config.loss.perceptual or "").removeprefix("clip:"))
             update["loss"] = config.loss.model_copy(update={"perceptual": source})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -15,9 +16,10 @@ from ldm.latents import LatentScale
 from ldm.models.text import TextEncoder
 from ldm.models.vae import VAE
 
+from .base import base_of, frozen_dtype
 from .batches import joined
 from .captions import check_lengths, chunks
-from .schema import DiffusionConfig, MMDiTModel
+from .schema import AdaptConfig, DiffusionConfig, MMDiTModel
 from .tasks.common import made
 
 FAMILY = {"unet": "sd", "mmdit": "sd3", "dit": "pixart"}
@@ -45,27 +47,41 @@ class About(NamedTuple):
 class Encoders:
     """Opened from a config when they are first asked for, frozen, on ``device``; ``free`` forgets them.
 
+    Args:
+        mixed: the run's precision, ``no``, ``bf16`` or ``fp16``; a base's text encoders may be in it.
     Raises:
+        ConfigError: the base is not there, or does not fit.
         ValueError: (when they are opened) they are not there, or of another kind.
     """
 
-    def __init__(self, config: DiffusionConfig, device: torch.device):
-        self.config, self.device = config, device
+    def __init__(self, config: DiffusionConfig | AdaptConfig, device: torch.device, mixed: str = "no"):
+        self.device, self.kept = device, False
+        if isinstance(config, AdaptConfig):
+            base, trains = base_of(config), config.train_text_encoder and config.lora is None
+            dtype = torch.float32 if trains else frozen_dtype(config, device, mixed)
+            self._open_vae, self._open_text = partial(base.open_vae, torch.float32), partial(base.open_text, dtype)
+        else:
+            vae, text, model = made(config.vae.pretrained), made(config.text.pretrained), config.model
+            joint = model.joint_attention_dim if isinstance(model, MMDiTModel) else None
+            self._open_vae = partial(VAE.from_diffusers, vae)
+            self._open_text = partial(text_encoder, text, FAMILY[model.name], joint)
         self._vae: VAE | None = None
         self._text: TextEncoder | None = None
 
     @property
     def vae(self) -> VAE:
-        self._vae = self._vae or self._ready(VAE.from_diffusers(made(self.config.vae.pretrained)))
+        self._vae = self._vae or self._ready(self._open_vae())
         return self._vae
 
     @property
     def text(self) -> TextEncoder:
-        if self._text is None:
-            model = self.config.model
-            joint = model.joint_attention_dim if isinstance(model, MMDiTModel) else None
-            self._text = self._ready(text_encoder(made(self.config.text.pretrained), FAMILY[model.name], joint))
+        self._text = self._text or self._ready(self._open_text())
         return self._text
+
+    def keep_text(self) -> TextEncoder:
+        """The text encoders stay: they train."""
+        self.kept = True
+        return self.text
 
     def _ready(self, module: M) -> M:
         return module.to(self.device).eval().requires_grad_(False)
@@ -74,7 +90,7 @@ class Encoders:
         """Give their memory back."""
         if vae:
             self._vae = None
-        if text:
+        if text and not self.kept:
             self._text = None
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -121,9 +137,9 @@ def pieces(text: TextEncoder, captions: Sequence[str], policy: str) -> list[list
     ]
 
 
-@torch.no_grad()
 def encode_captions(text: TextEncoder, captions: Sequence[str], policy: str, null: Cond, dropped: torch.Tensor) -> Cond:
-    """A row for each caption, or the null prompt's where ``dropped`` (B,): what the cache would give."""
+    """A row for each caption, or the null prompt's where ``dropped`` (B,): what the cache would give. Gradients flow;
+    callers decide."""
     parts = pieces(text, captions, policy)
     counts = torch.tensor([len(x) for x in parts])
     most = int(counts.max())

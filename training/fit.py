@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from .schema import (
+    AdaptConfig,
     AutoencoderConfig,
     ClipConfig,
     Config,
     DiffusionConfig,
     DiscretePath,
     DiTModel,
+    LatentRun,
     MMDiTModel,
     Run,
     UNetModel,
@@ -29,6 +31,8 @@ class ConfigError(ValueError):
 
 def contradiction(config: Config) -> str | None:
     """What can be seen in one config alone."""
+    if isinstance(config, AdaptConfig):
+        return _adapting(config)
     data, model = config.data, config.model
     if isinstance(config, ClipConfig):
         for key, unset in (("attention_backend", "auto"), ("gradient_checkpointing", 0)):
@@ -74,6 +78,30 @@ def contradiction(config: Config) -> str | None:
     return None
 
 
+def _adapting(config: AdaptConfig) -> str | None:
+    if config.data.random_crop:
+        return "data.random_crop belongs to the autoencoder task alone"
+    if not (config.train_denoiser or config.train_text_encoder or config.new_tokens):
+        return "nothing would train: set train_denoiser, train_text_encoder or new_tokens"
+    if config.lora and not (config.train_denoiser or config.train_text_encoder):
+        return "lora: of what? set train_denoiser or train_text_encoder, or leave lora out"
+    if config.lora and config.conditioning:
+        return "conditioning trains the whole denoiser, whose first layer grows: leave lora out"
+    if config.conditioning and not config.train_denoiser:
+        return "conditioning needs train_denoiser: the denoiser's first layer grows"
+    if config.conditioning and config.cache.latents:
+        return "cache.latents: conditioning is drawn from the pictures at each step; leave the key out"
+    if config.base_config and not config.base.endswith((".safetensors", ".ckpt")):
+        return "base_config is of a single file; a folder has configs of its own"
+    if config.reads_prompts and config.cache.text:
+        return "cache.text: the text encoders train, so that captions are read anew at each step; leave the key out"
+    if config.reads_prompts and config.data.long_captions == "chunk":
+        return "data.long_captions chunk: not while the text encoders train; take cut or refuse"
+    names = [new.token for new in config.new_tokens]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    return f"new_tokens: {twice} twice" if twice else None
+
+
 def check_together(configs: Sequence[Config]) -> None:
     """What can be seen only across stages: latent sizes, text widths, run folders.
 
@@ -92,6 +120,10 @@ def check_together(configs: Sequence[Config]) -> None:
             part((config.loss.perceptual or "").removeprefix("clip:"), ClipConfig, made, "loss.perceptual")
         if isinstance(config, DiffusionConfig):
             _check_diffusion(config, made)
+        if isinstance(config, AdaptConfig):
+            _check_base(config, made)
+        if isinstance(config, LatentRun):
+            _check_tags(config)
         made[where] = config
 
 
@@ -120,14 +152,28 @@ def no_stock_form(config: DiffusionConfig) -> str | None:
     return None
 
 
-def _check_diffusion(config: DiffusionConfig, made: Mapping[Path, Config]) -> None:
-    if problem := no_stock_form(config):
-        raise ConfigError(f"{config.output_dir}: {problem}")
+def _check_tags(config: LatentRun) -> None:
     if config.data.shuffle_tags and config.cache.text and not config.data.streaming:
         raise ConfigError(
             f"{config.output_dir}: data.shuffle_tags makes each caption another one each time, which no cache holds; "
             "set cache.text: false"
         )
+
+
+def _check_base(config: AdaptConfig, made: Mapping[Path, Config]) -> None:
+    from .base import base_of
+
+    if Path(config.base).resolve() in made and not (Path(config.base) / "pipeline").is_dir():
+        raise ConfigError(f"base: {config.base} is made by an earlier config; train that one first, by itself")
+    try:
+        base_of(config)
+    except ConfigError as error:
+        raise ConfigError(f"{config.output_dir}: {error}") from error
+
+
+def _check_diffusion(config: DiffusionConfig, made: Mapping[Path, Config]) -> None:
+    if problem := no_stock_form(config):
+        raise ConfigError(f"{config.output_dir}: {problem}")
     vae, text = config.vae.pretrained, config.text.pretrained
     source = part(vae, AutoencoderConfig, made, "vae.pretrained")
     factor, shift = _factor(source), False
@@ -173,6 +219,10 @@ def _check_diffusion(config: DiffusionConfig, made: Mapping[Path, Config]) -> No
 def side_step(config: Config, earlier: Sequence[Config] = ()) -> int | None:
     """What the sides of a denoiser's pictures must be multiples of; with an autoencoder of the hub 8 pixels are taken
     for a latent. None of the other tasks."""
+    if isinstance(config, AdaptConfig):
+        from .base import base_of
+
+        return base_of(config).step
     if not isinstance(config, DiffusionConfig):
         return None
     made = {Path(c.output_dir).resolve(): c for c in earlier}

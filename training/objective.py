@@ -6,19 +6,25 @@ from typing import Any
 
 from torch import Tensor
 
-from ldm.paths import PATHS, Path
+from ldm.paths import PATHS, DiscreteVP, Path
 from ldm.prediction import PREDICTIONS, Karras, Prediction
 from ldm.timesteps import TIMESTEPS, WEIGHTINGS, shift, stratified
 
-from .schema import DiffusionConfig, Times
+from .schema import DiffusionConfig, LatentRun, Times
 
 
-def times(config: DiffusionConfig, path: Path, u: Tensor, index: Tensor) -> Tensor:
-    """Uniform numbers (B,) of the images ``index`` (B,) -> the times to train at."""
-    how = config.timesteps
+def times(how: Times, batch: int, path: Path, u: Tensor, index: Tensor) -> Tensor:
+    """Uniform numbers (B,) of the images ``index`` (B,) -> the times to train at. On a chain these are its own steps.
+
+    Args:
+        batch: rows in a micro-batch, among which stratified times are spread.
+    """
     if how.stratified:
-        u = stratified(u, index, config.train.batch_size)
-    return shift(TIMESTEPS[how.name](u, path, **options_of(how)), how.shift)
+        u = stratified(u, index, batch)
+    t = shift(TIMESTEPS[how.name](u, path, **options_of(how)), how.shift)  # type: ignore[attr-defined]
+    if isinstance(path, DiscreteVP):
+        t = (t * path.num_train_timesteps).ceil().clamp(min=1) / path.num_train_timesteps
+    return t
 
 
 def path_of(section: Any) -> Path:
@@ -32,7 +38,7 @@ def prediction_of(config: DiffusionConfig) -> Prediction:
     return kind(config.sigma_data) if kind is Karras else kind()
 
 
-def weights(config: DiffusionConfig, path: Path, prediction: Prediction, t: Tensor) -> Tensor:
+def weights(config: LatentRun, path: Path, prediction: Prediction, t: Tensor) -> Tensor:
     """What the loss at each of the times (B,) counts, (B,)."""
     how = config.weighting
     return WEIGHTINGS[how.name](path, prediction, t, **options_of(how))

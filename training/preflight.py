@@ -26,7 +26,7 @@ from .arithmetic import Memory, parameters, training_flops, training_memory
 from .config import relocate
 from .fit import ConfigError
 from .rehearsal import Rehearsal, joining, rehearse
-from .schema import AutoencoderConfig, Config, DiffusionConfig
+from .schema import AutoencoderConfig, Config, DiffusionConfig, LatentRun
 from .sizes import Sizes, network_of, sizes
 
 GIB = 2**30
@@ -136,7 +136,7 @@ class _Telling:
         ).shared(self.accelerator.num_processes if self.accelerator.is_fsdp2 else 1)  # fmt: skip
         add("memory of a step", _parted(memory))
         pictures = captions = 0
-        if isinstance(config, DiffusionConfig):
+        if isinstance(config, LatentRun):
             pictures, captions, size = cached(config, sizes(config, self.earlier), self.rows)
             held = f"{_bytes(size)}, {pictures:,} pictures and {captions:,} captions" if size else "nothing"
             add("cache on disk", held)
@@ -186,7 +186,7 @@ def _parts(config: Config) -> list[str]:
 # --- arithmetic ------------------------------------------------------------------------------------------------------
 
 
-def cached(config: DiffusionConfig, s: Sizes, rows: Split) -> tuple[int, int, int]:
+def cached(config: LatentRun, s: Sizes, rows: Split) -> tuple[int, int, int]:
     """Pictures (a mirror image is one more) and captions that the cache will hold, and their bytes.
 
     What is the same is held once; of more than a million rows captions are taken to differ.

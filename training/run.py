@@ -15,10 +15,11 @@ import yaml
 
 from .config import dump
 from .fit import ConfigError, check_together, side_step
-from .schema import AutoencoderConfig, ClipConfig, Config, DiffusionConfig
+from .schema import AdaptConfig, AutoencoderConfig, ClipConfig, Config, DiffusionConfig, LatentRun
 
 log = logging.getLogger(__name__)
 DONE = "done.json"
+BESIDE = ("cache", "base", "base.json", "class_images")  # what may be there before a run is
 # Keys that change no number of what a run makes: it may go on with others.
 FREE = {"cache.dir", "cache.prune"} | {
     "train." + key
@@ -36,7 +37,7 @@ def check_folder(config: Config) -> None:
     if not run.exists():
         return
     written = run / "config.yaml"
-    if not run.is_dir() or (not written.is_file() and any(x.name != "cache" for x in run.iterdir())):
+    if not run.is_dir() or (not written.is_file() and any(x.name not in BESIDE for x in run.iterdir())):
         raise ConfigError(f"{run}: is there and holds no run (no config.yaml); choose another output_dir")
     if written.is_file():
         differing = _differences(yaml.safe_load(written.read_text()), yaml.safe_load(dump(config)))
@@ -73,16 +74,24 @@ def inputs_of(config: Config, train_rows: Any) -> dict[str, str]:
 
 def _given(config: Config) -> dict[str, str]:
     """Hashes of the local folders that a run builds on, as far as they can be told without opening them."""
-    names = {}
+    names: dict[str, str] = {}
     if isinstance(config, DiffusionConfig):
         names = {"vae": config.vae.pretrained, "text": config.text.pretrained}
+    if isinstance(config, AdaptConfig):
+        from .base import base_of
+
+        names = {"base": str(base_of(config).folder)}
+        if config.lora is not None:
+            names |= {"lora.start": config.lora.start} if config.lora.start else {}
+            names |= {f"lora.adapters.{i}": other.path for i, other in enumerate(config.lora.adapters)}
     if isinstance(config, AutoencoderConfig) and (config.loss.perceptual or "").startswith("clip:"):
         names = {"perceptual": (config.loss.perceptual or "").removeprefix("clip:")}
     given = {}
     for key, name in names.items():
-        folder = Path(name) / "pipeline" if (Path(name) / "pipeline").is_dir() else Path(name)
+        inner = (Path(name) / what for what in ("pipeline", "adapter"))
+        place = next((folder for folder in inner if folder.is_dir()), Path(name))
         digest = hashlib.sha256()
-        for file in sorted(folder.rglob("*.safetensors")):
+        for file in [place] if place.is_file() else sorted(place.rglob("*.safetensors")):
             with file.open("rb") as handle:
                 digest.update(hashlib.file_digest(handle, "sha256").digest())
         given[key] = digest.hexdigest()
@@ -99,9 +108,11 @@ def train_all(
         opened: rows that ``preflight.report`` has looked at already, by ``source_of``.
     Raises:
         ConfigError: before anything is computed, if any of them cannot be run.
+        Interrupted: asked to stop; a run of which it came in the last step is done, and the next one is not begun.
     """
     if resume not in ("auto", "never") and len(configs) > 1:
         raise ConfigError(f"--resume {resume}: a checkpoint is of one run; give one config")
+    from .guards import Stages
     from .optim import check_optimizer
     from .processes import check_launcher
 
@@ -117,11 +128,13 @@ def train_all(
     for i, (config, source) in enumerate(zip(configs, sources, strict=True)):
         if source not in opened or config.data.streaming:  # a stream that was read from is not at its beginning
             opened[source] = open_data(config, configs[:i])
+    stages = Stages()
     for config, source in zip(configs, sources, strict=True):
         rows = opened[source]
         if is_done(config, inputs_of(config, rows[0])):
             log.info("%s: already made, taken up", config.output_dir)
         else:
+            stages.begin(config.output_dir)
             train_one(config, *rows, resume=resume)
 
 
@@ -192,7 +205,7 @@ def cache_all(configs: Sequence[Config]) -> None:
     from .cache import make_cache
     from .preflight import precision
 
-    wanted = [config for config in configs if isinstance(config, DiffusionConfig) and not config.data.streaming]
+    wanted = [config for config in configs if isinstance(config, LatentRun) and not config.data.streaming]
     if not wanted:
         raise ConfigError("nothing to cache: no config of a diffusion task among those given, or it streams its data")
     check_together(configs)
@@ -234,7 +247,7 @@ def open_data(config: Config, earlier: Sequence[Config] = ()) -> tuple[Any, Any]
     """
     from .data import open_rows
 
-    diffusion = isinstance(config, DiffusionConfig)
+    diffusion = isinstance(config, LatentRun)
     how: dict[str, Any] = {"buckets": None if diffusion else False, "step": side_step(config, earlier)}
     if not config.data.streaming:
         return open_rows(config.data, split="train", **how), open_rows(config.data, split="test", **how)
@@ -252,7 +265,7 @@ def source_of(config: Config, earlier: Sequence[Config]) -> str:
     """What of a config decides which rows there are; random crops and flips come later."""
     given = config.data.model_dump(mode="json", exclude={"random_crop", "random_flip"})
     streamed = (config.seed, config.train.batch_size) if config.data.streaming else None
-    return json.dumps([given, isinstance(config, DiffusionConfig), side_step(config, earlier), streamed])
+    return json.dumps([given, isinstance(config, LatentRun), side_step(config, earlier), streamed])
 
 
 @_in_one_line()

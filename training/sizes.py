@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .fit import ConfigError, part
-from .schema import AutoencoderConfig, ClipConfig, Config, DiffusionConfig, MMDiTModel
+from .schema import AdaptConfig, AutoencoderConfig, ClipConfig, Config, DiffusionConfig, LatentRun, MMDiTModel
 
 
 @dataclass(frozen=True)
@@ -27,12 +27,18 @@ class Sizes:
     pooled_width: int | None = None
 
 
-def sizes(config: DiffusionConfig, earlier: Sequence[Config] = ()) -> Sizes:
-    """Of a diffusion config, from the configs that make its parts, or their folders' or hub names' config.json.
+def sizes(config: LatentRun, earlier: Sequence[Config] = ()) -> Sizes:
+    """Of a diffusion config, from the configs that make its parts, or their folders' or hub names' config.json; of one
+    that starts from a base, the base's.
 
     Raises:
         ConfigError: a part is a hub name whose config.json cannot be had, or is of another kind of model.
     """
+    if isinstance(config, AdaptConfig):
+        from .base import base_of
+
+        return base_of(config).sizes()
+    assert isinstance(config, DiffusionConfig)
     made = {Path(c.output_dir).resolve(): c for c in earlier}
     vae = part(config.vae.pretrained, AutoencoderConfig, made, "vae.pretrained")
     text = part(config.text.pretrained, ClipConfig, made, "text.pretrained")
@@ -92,6 +98,8 @@ def network_of(config: Config, earlier: Sequence[Config] = ()) -> tuple[Build, F
     """
     plain = config.train.model_copy(update={"attention_backend": "auto", "compile": False})
     config = config.model_copy(update={"train": plain})
+    if isinstance(config, AdaptConfig):
+        return _adapted_of(config)
     if isinstance(config, DiffusionConfig):
         return denoiser_of(config, sizes(config, earlier))
     return _clip_of(config) if isinstance(config, ClipConfig) else _vae_of(config)
@@ -111,6 +119,40 @@ def denoiser_of(config: DiffusionConfig, s: Sizes) -> tuple[Build, Forward]:
         return net(torch.randn(rows, s.latent_channels, side, side), torch.rand(rows) * 1000, cond)
 
     return lambda: network(config, s), denoise
+
+
+def _adapted_of(config: AdaptConfig) -> tuple[Build, Forward]:
+    """Of a run from a base: the denoiser with what trains in it, told at random."""
+    from ldm.cond import Cond
+    from pipelines.core import with_sizes
+
+    from .adapt import learning
+    from .base import base_of
+    from .tasks.common import tuned
+
+    base = base_of(config)
+    s, side = base.sizes(), config.data.resolution // base.factor
+    lora = config.lora and config.lora.model_copy(
+        update={"init_lora_weights": "default", "start": None, "adapters": ()}
+    )
+    counted = config.model_copy(update={"lora": lora})
+
+    def build() -> nn.Module:
+        return learning(counted, tuned(base.blank(), config.train), s.latent_channels)
+
+    def denoise(net: nn.Module, rows: int) -> Tensor:
+        inside: Any = net
+        more = inside.config["in_channels"] - s.latent_channels
+        cond = Cond(
+            torch.randn(rows, s.text_length, s.text_width),
+            pooled=torch.randn(rows, s.pooled_width) if s.pooled_width else None,
+            extra=torch.randn(rows, more, side, side) if more else None,
+        )
+        cond = with_sizes(inside, cond, config.data.resolution, config.data.resolution)
+        x = torch.randn(rows, s.latent_channels, side, side, requires_grad=not config.train_denoiser)
+        return net(x, torch.rand(rows) * 1000, cond)
+
+    return build, denoise
 
 
 def _vae_of(config: AutoencoderConfig) -> tuple[Build, Forward]:

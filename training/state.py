@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from . import checkpoint, sharded
 from .checkpoint import CheckpointError, Files
+from .optim import named_parameters
 
 if TYPE_CHECKING:
     from .loop import Player
@@ -64,7 +65,7 @@ def gathered(
         for name in ("rng", "window")
     }
     for player in players:
-        files[player.name] = dict(bare(player.module).named_parameters())
+        files[player.name] = dict(named_parameters(bare(player.module).named_parameters()))
         files[f"{player.name}_optimizer"] = player.optimizer.tensors()
         files[f"{player.name}_ema"] = player.ema.tensors()
     state = {
@@ -165,7 +166,7 @@ def _feed(folder: Path, state: Mapping[str, Any], rank: int, world: int) -> Any:
 
 
 def _fill(player: Player, folder: Path, files: Files, state: dict[str, Any]) -> None:
-    own = dict(bare(player.module).named_parameters())
+    own = named_parameters(bare(player.module).named_parameters())
     there = {(name, x.shape) for name, x in files[player.name].items()}
     differing = sorted(there ^ {(name, p.shape) for name, p in own.items()})
     if differing:

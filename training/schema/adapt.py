@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from .base import AboveZero, Positive, Section
+from .base import AboveZero, Positive, Section, Share
 from .optim import Pattern
 
 Presets = Literal["attention", "attention+ff", "all-linear", "conv"]
@@ -63,14 +63,16 @@ class Inpaint(Section):
     inpainting (latents, mask, masked picture)."""
 
     name: Literal["inpaint"]
-    masks: Literal["random", "given"] = "random"  # given: the pictures' own, by data.mask_column or mask_suffix
-    whole: Annotated[float, Field(ge=0, le=1)] = 0.25  # share of images whose mask is the whole picture
+    masks: Literal["random", "given"] = "random"  # given: data.mask_column or mask_suffix; white is to be painted anew
+    whole: Share = 0.25  # of random ones, the share that is the whole picture
 
 
 class LowResolution(Section):
-    """The picture itself, small, at the latents' resolution: 3 channels, as the x4 upscaler has them."""
+    """The picture itself, small, at the latents' resolution: 3 channels, as the x4 upscaler has them, with noise of a
+    level that the network is told (Ho et al. 2021, cascaded diffusion)."""
 
     name: Literal["low_resolution"]
+    max_noise_level: Annotated[int, Field(ge=0, lt=1000)] = 350  # each image's is drawn from 0 to this
 
 
 class Hint(Section):
@@ -80,6 +82,7 @@ class Hint(Section):
     name: Literal["image"]
     column: str | None = None  # of the second picture
     suffix: str | None = None  # imagefolder: the second picture of a.jpg is a + this
+    dropout: Share = 0.1  # of images that are shown none; half of them have no caption either
 
     @model_validator(mode="after")
     def _one(self) -> Hint:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import Field, StringConstraints, ValidationError, field_validator, model_validator
 
 from .base import AboveZero, Positive, Section, Share
+
+Prompt = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
+CAPTIONS = ("caption_column", "caption_extension", "split_captions_at", "caption_templates")  # what captions are of
 
 
 class Source(Section):
@@ -16,7 +19,13 @@ class Source(Section):
     image_column: str | None = None
     caption_column: str | None = None
     mask_column: str | None = None
+    instance_prompt: Prompt | None = None  # the whole caption of each of its pictures, in place of their own
+    loss_weight: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0  # what each of its pictures counts
     repeats: AboveZero = 1.0  # an epoch shows each row this often; of a fraction, a fixed subset of the rows once more
+
+    @model_validator(mode="after")
+    def _one_caption(self) -> Self:
+        return _one_caption(self)
 
 
 class Data(Section):
@@ -40,6 +49,7 @@ class Data(Section):
     mask_column: str | None = None  # weights of the loss at each pixel, as grey pictures: white counts, black does not
     mask_suffix: str | None = None  # imagefolder: the mask of a.jpg is a + this, as in "-masklabel.png"
 
+    instance_prompt: Prompt | None = None  # the whole caption of every picture, in place of all that follows
     caption_column: str | None = "text"  # text, or a list of texts; None: no captions
     caption_extension: str = ".txt"  # imagefolder without metadata: the caption of a.jpg is in a.txt
     split_captions_at: str | None = None  # a caption is several that are taken in turns, parted by this, as in "\n"
@@ -53,8 +63,16 @@ class Data(Section):
     def places(self) -> tuple[Source, ...]:
         """All sources, with the columns that each is read by."""
         listed = self.sources or (Source(path=self.path or ""),)
-        columns = ("image_column", "caption_column", "mask_column")
-        return tuple(s.model_copy(update={k: getattr(s, k) or getattr(self, k) for k in columns}) for s in listed)
+        return tuple(self._read(source) for source in listed)
+
+    def _read(self, source: Source) -> Source:
+        keys = ("image_column", "caption_column", "mask_column", "instance_prompt")
+        update: dict[str, Any] = {key: getattr(source, key) or getattr(self, key) for key in keys}
+        if source.caption_column:
+            update["instance_prompt"] = None  # the source's own word
+        elif update["instance_prompt"]:
+            update["caption_column"] = None
+        return source.model_copy(update=update)
 
     @field_validator("caption_templates")
     @classmethod
@@ -82,4 +100,19 @@ class Data(Section):
             raise ValueError(f"resolution {self.resolution} is not a multiple of bucket_step {self.bucket_step}")
         if self.mask_column and self.mask_suffix:
             raise ValueError("mask_column and mask_suffix are both given; give one of them")
-        return self
+        if self.sources and not any(source.loss_weight for source in self.sources):
+            raise ValueError("every source has a loss_weight of 0: nothing would be learned")
+        if self.streaming and any(source.instance_prompt or source.loss_weight != 1 for source in self.sources):
+            raise ValueError(
+                "instance_prompt and loss_weight of a source are not for streaming; leave streaming out, or give one "
+                "data.instance_prompt to all of a stream"
+            )
+        return _one_caption(self)
+
+
+def _one_caption(section: Any) -> Any:
+    fields = type(section).model_fields
+    given = [key for key in CAPTIONS if key in fields and getattr(section, key) not in (None, fields[key].default)]
+    if section.instance_prompt and given:
+        raise ValueError(f"instance_prompt is the caption of every picture; leave {given[0]} out, or instance_prompt")
+    return section

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from .adapt import Conditioning, Lora, NewToken, Prior
 from .base import AboveZero, Positive, Section, Share
@@ -113,6 +113,26 @@ class AdaptConfig(LatentRun):
     conditioning: Conditioning | None = None
     timesteps: Timesteps | None = None  # None: uniform on a chain, SD3's logit-normal on a flow, with the base's shift
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0
+
+    @property
+    def reads_prompts(self) -> bool:
+        """The text encoders are part of what trains."""
+        return self.train_text_encoder or bool(self.new_tokens)
+
+    @property
+    def whole(self) -> bool:
+        """What the run makes is a pipeline, and not a small file that goes with the base."""
+        return self.lora is None and (self.train_denoiser or self.train_text_encoder)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _live(cls, given: Any) -> Any:
+        """What is another thing at each step is not cached, unless the config says so (and is refused)."""
+        if not isinstance(given, dict) or not isinstance(given.get("cache", {}), dict):
+            return given
+        live = {"text": False} if given.get("train_text_encoder") or given.get("new_tokens") else {}
+        live |= {"latents": False} if given.get("conditioning") else {}
+        return {**given, "cache": {**live, **given.get("cache", {})}} if live else given
 
 
 Config = AutoencoderConfig | ClipConfig | DiffusionConfig | AdaptConfig

@@ -13,7 +13,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 
 from ldm import rng
@@ -22,19 +22,23 @@ from ldm.denoiser import Denoiser
 from ldm.models.base import Network
 from ldm.models.dit import DiT
 from ldm.models.mmdit import MMDiT
+from ldm.models.text import TextEncoder
 from ldm.models.unet import UNet
 from pipelines.core import Parts, generate, with_sizes
 from pipelines.folder import save_parts
 from pipelines.schedulers import default_schedule
 
+from ..adapt import Captions, Trained, opened, reading, whole, write_adapter
+from ..base import base_of, times_of
 from ..batches import LatentBatches, Stream, dropped
 from ..cache import BATCH, PIXELS, Caches, Together, open_caches
 from ..encoders import FAMILY, About, Encoders, encode_captions
 from ..evaluate.grids import picture_grid
 from ..loop import Batch
+from ..noise import noises
 from ..objective import path_of, prediction_of, times, weights
 from ..preflight import Sizes
-from ..schema import DiffusionConfig, DiTModel, UNetModel
+from ..schema import AdaptConfig, DiffusionConfig, DiTModel, Times, UNetModel
 from .common import player, tuned
 
 PROBED = 64  # rows whose loss is followed at fixed times and noise
@@ -42,21 +46,9 @@ LEVELS = 8  # of t, for each of them
 FIXED = 2**40  # image indices that no run reaches: the probes' noise
 
 
-class Trained(nn.Module):
-    """What is prepared for training in place of the network: bf16 patches its ``forward``, and samples and export need
-    the network as it is."""
-
-    def __init__(self, net: Network):
-        super().__init__()
-        self.net = net
-
-    def forward(self, x: Tensor, time: Tensor, cond: Cond) -> Tensor:
-        return self.net(x, time, cond)
-
-
 class DiffusionTask:
-    """One player: the network. Autoencoder and text encoder never train, and what the cache answers for is in memory
-    only while the cache is made and while samples are drawn.
+    """One player: the network, from nothing or from a base, and the base's text encoders where they train. What does
+    not train and what the cache answers for is in memory only while the cache is made and while samples are drawn.
 
     Args:
         train: rows, or a stream of batches of pictures and captions, which are encoded at each step; it is told
@@ -64,18 +56,37 @@ class DiffusionTask:
         held_out: rows that training never sees.
     """
 
-    def __init__(self, config: DiffusionConfig, train: Any, held_out: Any, run: Path, accelerator: Accelerator):
+    def __init__(
+        self, config: DiffusionConfig | AdaptConfig, train: Any, held_out: Any, run: Path, accelerator: Accelerator
+    ):
         self.config, self.run, self.seed, self.accelerator = config, run, config.seed, accelerator
-        self.device, family = accelerator.device, FAMILY[config.model.name]
-        together = Together.of(accelerator)
-        self.encoders = Encoders(config, self.device)
+        self.device, together = accelerator.device, Together.of(accelerator)
+        if isinstance(config, AdaptConfig):
+            self.base = base_of(config)
+        self.encoders = Encoders(config, self.device, accelerator.mixed_precision)
         self.about = together.told(self.encoders.about)
         self.scale = self.about.scale
+        self.text: TextEncoder | None = None  # where it trains
+        self.conditioner: Any = None
+        if isinstance(config, AdaptConfig):
+            self.net, self.schedule = (
+                opened(config, self.base, self.device, accelerator.mixed_precision),
+                self.base.schedule,
+            )
+            how: Times = times_of(config, self.schedule)
+            if config.conditioning:
+                from ..conditioning import conditioner
 
-        self.net = network(config, sizes_of(self.about))
-        path, prediction = path_of(config.path), prediction_of(config)
-        self.schedule = default_schedule(path, prediction, family, config.timesteps.shift)
-        self.time, self.weight = partial(times, config, path), partial(weights, config, path, prediction)
+                self.conditioner = conditioner(config.conditioning)
+            if config.reads_prompts:
+                self.text = reading(config, self.encoders.keep_text())
+        else:
+            how, path, prediction = config.timesteps, path_of(config.path), prediction_of(config)
+            self.net = network(config, sizes_of(self.about))
+            self.schedule = default_schedule(path, prediction, FAMILY[config.model.name], how.shift)
+        path, prediction = self.schedule.path, self.schedule.prediction
+        self.time = partial(times, how, config.train.batch_size, path)
+        self.weight = partial(weights, config, path, prediction)
         self.null: Cond | None = None  # the null prompt's, once it is asked for
 
         stream: Any = train if isinstance(train, IterableDataset) else None
@@ -97,9 +108,10 @@ class DiffusionTask:
         self.cached = dict.fromkeys(done, False) if stream else done
         self.encoders.free(**self.cached)
 
-        self.players = [player("net", Trained(self.net), self.loss, config, accelerator)]
+        self.players = [player("net", Trained(self.net, self.text), self.loss, config, accelerator)]
+        learned = config.learned_variance if isinstance(config, DiffusionConfig) else _tells_variance(self.net)
         self.denoiser = Denoiser(
-            self.players[0].module, path, prediction, self.schedule.time_input, learned_variance=config.learned_variance
+            self.players[0].module, path, prediction, self.schedule.time_input, learned_variance=learned
         )
 
     def _batches(self, rows: Any, cached: Caches, **how: Any) -> LatentBatches:
@@ -127,18 +139,31 @@ class DiffusionTask:
         mean, log_var = self._moments(batch).chunk(2, dim=1)
         eps = rng.normal(self.seed, batch["index"], mean.shape[1:], Stream.POSTERIOR)
         z = self.scale.normalize(mean + torch.exp(0.5 * log_var) * eps)
+        h, w = (side * self.about.factor for side in z.shape[-2:])
+        extra = None if self.conditioner is None else self.conditioner.extra(batch, self._encode)
+
+        def rest(cond: Cond) -> Cond:
+            sized = replace(cond, extra=extra)
+            return (
+                replace(sized, size_ids=batch["size_ids"]) if "size_ids" in batch else with_sizes(self.net, sized, h, w)
+            )
+
         if "tokens" in batch:
             tokens, bias, pooled = (batch.get(name) for name in ("tokens", "bias", "pooled"))
-            cond = Cond(cast(Tensor, tokens).float(), bias, None if pooled is None else pooled.float())
-        else:
+            return z, rest(Cond(cast(Tensor, tokens).float(), bias, None if pooled is None else pooled.float()))
+        captions, policy = cast(list[str], batch["captions"]), self.config.data.long_captions
+        drop = dropped(self.seed, batch["index"], dropout)
+        if self.text is not None:
+            return z, cast(Cond, Captions(captions, drop, policy, rest))  # which the module reads
+        with torch.no_grad():
             self.null = self.null or self.encoders.text.null()
-            drop, policy = dropped(self.seed, batch["index"], dropout), self.config.data.long_captions
-            captions = cast(list[str], batch["captions"])
-            cond = encode_captions(self.encoders.text, captions, policy, self.null, drop)
-        if "size_ids" in batch:
-            return z, replace(cond, size_ids=batch["size_ids"])
-        h, w = (side * self.about.factor for side in z.shape[-2:])
-        return z, with_sizes(self.net, cond, h, w)
+            return z, rest(encode_captions(self.encoders.text, captions, policy, self.null, drop))
+
+    @torch.no_grad()
+    def _encode(self, pictures: Tensor) -> Tensor:
+        """Pictures (B, 3, H, W) in [-1, 1] -> normalized latents, their posterior's mode."""
+        vae = self.encoders.vae
+        return self.scale.normalize(vae.encode(pictures.to(vae.dtype)).mean.float())
 
     @torch.no_grad()
     def _moments(self, batch: Batch) -> Tensor:
@@ -155,9 +180,10 @@ class DiffusionTask:
     def loss(self, batch: Batch, images: int) -> tuple[Tensor, dict[str, Tensor]]:
         z, cond = self._inputs(batch, self.config.caption_dropout)
         t = self.time(rng.uniform(self.seed, batch["index"], (), Stream.TIME), batch["index"])
-        eps = rng.normal(self.seed, batch["index"], z.shape[1:], Stream.NOISE)
-        each = self.denoiser.loss(z, t, cond, eps=eps, mask=batch.get("mask"))
-        loss = (self.weight(t) * each).mean()
+        how = self.config.noise_offset, self.config.input_perturbation
+        eps, noisy = noises(self.seed, batch["index"], z.shape[1:], *how)
+        each = self.weight(t) * self.denoiser.loss(z, t, cond, eps=eps, noisy_eps=noisy, mask=batch.get("mask"))
+        loss = (each * batch["loss_weight"] if "loss_weight" in batch else each).mean()
         return loss, {"loss": loss}
 
     @torch.no_grad()
@@ -216,10 +242,20 @@ class DiffusionTask:
         picture_grid(pictures.cpu(), prompts).save(file)
 
     def export(self) -> None:
-        """``RUN/pipeline``: a folder that stock diffusers opens."""
+        """``RUN/pipeline``: a folder that stock diffusers opens. Of a LoRA or new tokens ``RUN/adapter``, which goes
+        with the base."""
+        config = self.config
         with self.players[0].averaged():
-            save_parts(self.run / "pipeline", self.parts)
+            if isinstance(config, AdaptConfig) and not config.whole:
+                write_adapter(config, self.run / "adapter", self.net, self.text, self.base)
+            else:
+                parts = whole(self.parts, config) if isinstance(config, AdaptConfig) else self.parts
+                save_parts(self.run / "pipeline", parts)
         self.encoders.free(**self.cached)
+
+
+def _tells_variance(net: Network) -> bool:
+    return net.config.get("out_channels") == 2 * net.config["in_channels"]
 
 
 def first_distinct(captions: Sequence[str], count: int) -> list[str]:

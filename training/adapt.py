@@ -1,0 +1,257 @@
+"""What of a model trains: all of its denoiser, its text encoders too, a LoRA of either, or new tokens; and what is made
+of that in the end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers import T5EncoderModel
+
+from ldm.cond import Cond
+from ldm.models.base import Network
+from ldm.models.text import TextEncoder
+
+from .base import frozen_dtype
+from .encoders import encode_captions
+from .fit import ConfigError
+from .schema import AdaptConfig
+from .tasks.common import tuned
+
+if TYPE_CHECKING:
+    from pipelines.core import Parts
+    from pipelines.lora import LoraSettings
+
+    from .base import Base
+
+NAME = "default"  # of the LoRA that trains, inside the networks
+
+
+@dataclass(frozen=True)
+class Captions:
+    """What the text encoders are to read, where they train: in place of a Cond.
+
+    Args:
+        texts: B captions.
+        dropped: (B,) of them become the null prompt.
+        policy: of captions that are longer than the encoders read.
+        rest: adds to a Cond what is not text.
+    """
+
+    texts: Sequence[str]
+    dropped: Tensor
+    policy: str
+    rest: Callable[[Cond], Cond]
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def read(self, text: TextEncoder) -> Cond:
+        """With gradients; the null prompt too is read anew, since the encoders have changed."""
+        return self.rest(encode_captions(text, self.texts, self.policy, text.null(), self.dropped))
+
+
+class Trained(nn.Module):
+    """What is prepared for training in place of the networks: bf16 patches its ``forward``, and samples and export need
+    the networks as they are.
+
+    Args:
+        text: where the text encoders train.
+    """
+
+    def __init__(self, net: Network, text: TextEncoder | None = None):
+        super().__init__()
+        self.net, self.text = net, text
+
+    def forward(self, x: Tensor, time: Tensor, told: Cond | Captions) -> Tensor:
+        if isinstance(told, Captions):
+            assert self.text is not None
+            told = told.read(self.text)
+        return self.net(x, time, told)
+
+
+def opened(config: AdaptConfig, base: Base, device: torch.device, mixed: str) -> Network:
+    """The base's denoiser on ``device``, in float32 where its own weights train; see ``learning``."""
+    frozen = config.lora is not None or not config.train_denoiser
+    net = base.open_net(frozen_dtype(config, device, mixed) if frozen else torch.float32)
+    return learning(config, tuned(net, config.train), base.channels).to(device)
+
+
+def learning(config: AdaptConfig, net: Network, channels: int) -> Network:
+    """The network with what the config lets train of it, and nothing else, requiring gradients.
+
+    Args:
+        channels: of the latents.
+    Raises:
+        ConfigError: a LoRA does not fit the network, or its targets match nothing.
+    """
+    from pipelines.lora import add_lora, load_lora
+
+    net.train()
+    if not config.train_denoiser:
+        return net.requires_grad_(False)
+    if config.conditioning:
+        from ldm.models.grow import grow_input
+
+        from .conditioning import conditioner
+
+        grow_input(net, channels + conditioner(config.conditioning).channels(channels))
+    if config.lora is None:
+        return net.requires_grad_(True)
+    net.requires_grad_(False)
+    name = component_of(net)
+    with _telling("lora"):
+        if config.lora.quantization:
+            from pipelines.quantized import quantize
+
+            quantize(net, config.lora.quantization)
+        for i, other in enumerate(config.lora.adapters):
+            if (there := _read(other.path).get(name)) is not None:
+                load_lora(net, there, f"frozen_{i}", weight=other.weight)
+        with _seeded(config.seed):
+            start = _read(config.lora.start).get(name) if config.lora.start else None
+            if start is not None:
+                load_lora(net, start, NAME, trainable=True)
+            else:
+                add_lora(net, settings_of(config), NAME)
+    return net
+
+
+def reading(config: AdaptConfig, text: TextEncoder) -> TextEncoder:
+    """The text encoders with what the config lets train of them, and nothing else, requiring gradients."""
+    from ldm.models.new_tokens import add_tokens
+    from pipelines.lora import add_lora, load_lora
+
+    text.train().requires_grad_(False)
+    towers = {
+        name: model
+        for name, (_, model) in text.towers().items()
+        if text.family != "sd3" or not isinstance(model, T5EncoderModel)  # nobody trains that one
+    }
+    with _telling("new_tokens"), _seeded(config.seed):
+        tokens = [(new.token, new.initializer_token, new.num_vectors) for new in config.new_tokens]
+        vectors = add_tokens(text, tokens) if tokens else []
+    if config.train_text_encoder and config.lora is None:
+        for tower in towers.values():
+            tower.requires_grad_(True)
+    elif config.train_text_encoder and config.lora is not None:
+        with _telling("lora"), _seeded(config.seed):
+            for name, tower in towers.items():
+                for i, other in enumerate(config.lora.adapters):
+                    if (there := _read(other.path).get(name)) is not None:
+                        load_lora(tower, there, f"frozen_{i}", weight=other.weight)
+                start = _read(config.lora.start).get(name) if config.lora.start else None
+                if start is not None:
+                    load_lora(tower, start, NAME, trainable=True)
+                else:
+                    add_lora(tower, settings_of(config, text=True), NAME)
+    for p in vectors:
+        p.requires_grad_(True)
+    _freeze_unused(text)
+    return text
+
+
+def settings_of(config: AdaptConfig, *, text: bool = False) -> LoraSettings:
+    """peft's, of the config's section ``lora``; with ``text`` of the text encoders."""
+    from pipelines.lora import LoraSettings
+
+    how = config.lora
+    assert how is not None
+    own = text and (not isinstance(how.target_modules, str) or how.target_modules == "conv")
+    targets = "attention" if own else how.target_modules  # patterns are of the denoiser's modules
+    return LoraSettings(
+        rank=how.text_encoder_rank or how.rank if text else how.rank,
+        alpha=how.lora_alpha,
+        dropout=how.lora_dropout,
+        rslora=how.use_rslora,
+        dora=how.use_dora,
+        init=how.init_lora_weights,
+        targets=targets,
+        rank_pattern={} if text else how.rank_pattern,
+        alpha_pattern={} if text else how.alpha_pattern,
+    )
+
+
+def component_of(net: Network) -> str:
+    """What stock pipelines and LoRA files call it."""
+    return "unet" if net.stock.startswith("UNet") else "transformer"
+
+
+def _read(source: str) -> dict[str, Any]:
+    from pipelines.lora_files import read_lora
+
+    return read_lora(source).components
+
+
+def _freeze_unused(text: TextEncoder) -> None:
+    """What no embedding depends on (the last layer, where the one before it is read) has no gradient, which processes
+    that share their gradients would wait for."""
+    with torch.enable_grad():
+        cond = text.encode([""])
+        told = cond.tokens.float().square().sum() + (0 if cond.pooled is None else cond.pooled.float().square().sum())
+        trained = [p for p in text.parameters() if p.requires_grad]
+        found = torch.autograd.grad(told, trained, allow_unused=True) if trained else ()
+    for p, gradient in zip(trained, found, strict=True):
+        p.requires_grad_(gradient is not None)
+
+
+# --- what is made of it ----------------------------------------------------------------------------------------------
+
+
+def write_adapter(config: AdaptConfig, folder: Path, net: Network, text: TextEncoder | None, base: Base) -> None:
+    """``RUN/adapter``: the LoRA and the new tokens, in the files that stock diffusers loads.
+
+    Args:
+        text: where the text encoders train.
+    """
+    from pipelines.textual_inversion import save_embeddings
+
+    from pipelines.lora import lora_of
+    from pipelines.lora_files import LoraFile, write_lora
+
+    folder.mkdir(parents=True, exist_ok=True)
+    if config.lora is not None:
+        components = {component_of(net): lora_of(net, NAME)} if config.train_denoiser else {}
+        if text is not None and config.train_text_encoder:
+            components |= {name: lora_of(tower, NAME) for name, (_, tower) in text.towers().items() if has_lora(tower)}
+        form = "peft" if base.family == "pixart" else "diffusers"  # PixArt's pipelines have no loader of LoRAs
+        write_lora(folder, LoraFile(components, {}), form)
+    if config.new_tokens and text is not None:
+        save_embeddings(folder / "learned_embeds.safetensors", text)
+
+
+def has_lora(module: nn.Module) -> bool:
+    return any(name.endswith(f".{NAME}.weight") and "lora_" in name for name, _ in module.named_parameters())
+
+
+def whole(parts: Parts, config: AdaptConfig) -> Parts:
+    """The parts as a pipeline folder holds them: new tokens are rows of the text encoders' tables."""
+    if not config.new_tokens:
+        return parts
+    from ldm.models.new_tokens import merged
+
+    return replace(parts, text=merged(parts.text))
+
+
+@contextmanager
+def _telling(key: str) -> Iterator[None]:
+    """What does not fit is a fault of the config's key."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise ConfigError(f"{key}: {error}") from error
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """The same first weights in every process and whatever was drawn before."""
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        torch.manual_seed(seed)
+        yield
