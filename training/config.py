@@ -147,6 +147,8 @@ def _follow(model: Any, loc: Sequence[str]) -> tuple[list[str], list[str]]:
             model = tagged
             continue
         names.append(part)
+        if not _is_section(model) and len(kinds) == 1 and not part.isdigit():  # a section that may be left out
+            model = kinds[0]
         if _is_section(model) and part in model.model_fields:
             model = model.model_fields[part].annotation
         elif part.isdigit() and len(kinds) == 1:  # of a list of sections
