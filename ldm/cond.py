@@ -51,6 +51,19 @@ class Cond:
 
         return self.map(move)
 
+    def beside(self, x: Tensor) -> Tensor:
+        """x (B, C, H, W) with the channels of ``extra`` after its own; x itself where there are none.
+
+        Raises:
+            ValueError: ``extra`` has other rows or sides.
+        """
+        if self.extra is None:
+            return x
+        if self.extra.ndim != x.ndim or (len(self.extra), *self.extra.shape[2:]) != (len(x), *x.shape[2:]):
+            given, wanted = tuple(self.extra.shape), ", ".join(map(str, (len(x), "C'", *x.shape[2:])))
+            raise ValueError(f"Cond.extra: shape {given}, expected ({wanted}): as large as the latents")
+        return torch.cat([x, self.extra.to(x.dtype)], dim=1)
+
     def repeat_interleave(self, n: int) -> Cond:
         """Each row n times in a row: prompts 0, 0, …, 1, 1, …"""
         return self.map(lambda x: x.repeat_interleave(n, dim=0))

@@ -125,7 +125,16 @@ class Denoiser(nn.Module):
         output, v = output.chunk(2, dim=1)
         return output, (v + 1) / 2
 
-    def loss(self, x0: Tensor, t: Tensor, cond: Cond, *, eps: Tensor, mask: Tensor | None = None) -> Tensor:
+    def loss(
+        self,
+        x0: Tensor,
+        t: Tensor,
+        cond: Cond,
+        *,
+        eps: Tensor,
+        noisy_eps: Tensor | None = None,
+        mask: Tensor | None = None,
+    ) -> Tensor:
         """Mean squared error against the prediction's target, (B,): L_simple, a mean over all but the rows.
 
         With learned variance L_simple + vb_weight T L_{t-1} (Nichol & Dhariwal 2021, eq. 16): one term of the bound,
@@ -134,20 +143,22 @@ class Denoiser(nn.Module):
 
         Args:
             x0: (B, …) data. eps: the same shape, standard normal. t: () or (B,).
+            noisy_eps: what x_t is made with in the place of eps, while the target stays eps': input perturbation (Ning
+                et al. 2023, algorithm 1), where it is eps and a little more noise.
             mask: (B, 1, …) in [0, 1], what each place counts in L_simple: mean(mask * error²) / mean(mask) of each
                 row, 0 where all of its mask is. The term of the bound, which moves no mean, takes all places alike.
         Raises:
             ValueError: shapes do not fit, or a t on the CPU lies outside [0, 1], or with learned variance where this
                 prediction says nothing of x0.
         """
-        check_shapes(x0, t, eps=eps)
+        check_shapes(x0, t, eps=eps, **({} if noisy_eps is None else {"noisy_eps": noisy_eps}))
         self._check_time(t)
         if self.learned_variance:
             t = self._node(t)
             self._check_time(t, self.prediction.needs_signal)
         x0, eps = x0.to(_wide(x0)), eps.to(_wide(x0))
         c = self._coeffs(t, x0)
-        x_t = c.alpha * x0 + c.sigma * eps
+        x_t = c.alpha * x0 + c.sigma * (eps if noisy_eps is None else noisy_eps.to(eps.dtype))
         target = self.prediction.target(x0, eps, c)
         (told,) = self._ask(x_t, t, [cond])
         output, var_frac = self._split(x_t, told.to(target.dtype))

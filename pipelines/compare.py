@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,9 @@ def compare(folder: Path, parts: Parts) -> None:
         time = torch.tensor([3.0, 700.0], device=net.device)
         cond = with_sizes(net, cond, 40, 24).to(net.device, net.dtype)
         sizes: dict[str, Any] = {}
+        if (labels := net.config.get("num_class_embeds")) is not None:
+            sizes["class_labels"] = torch.tensor([0, labels - 1], device=net.device)
+            cond = replace(cond, class_labels=sizes["class_labels"])
         if form.family == "sdxl":
             sizes["added_cond_kwargs"] = {"text_embeds": told.pop("pooled").to(net.dtype), "time_ids": cond.size_ids}
         elif form.family == "pixart":
@@ -69,7 +73,10 @@ def _encode(folder: Path, again: Any, family: str, text: TextEncoder, cond: Cond
     """Stock's tokens, compared with those of ``cond``, and what else its network is called with."""
     device, ours, told = again.device, cond.tokens, {}
     if family == "sd":
-        tokens, _ = again.encode_prompt(PROMPTS, device, 1, False)
+        if hasattr(again, "encode_prompt"):
+            tokens, _ = again.encode_prompt(PROMPTS, device, 1, False)
+        else:  # InstructPix2Pix
+            tokens = again._encode_prompt(PROMPTS, device, 1, False)
     elif family == "sdxl":
         tokens, null, told["pooled"], _ = again.encode_prompt(PROMPTS, device=device)
         _close(folder, "the omitted negative prompt", text.null().tokens, null[:1])

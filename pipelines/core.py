@@ -20,6 +20,7 @@ from ldm.models.unet import UNet
 from ldm.models.vae import VAE
 from ldm.sampling import SAMPLERS
 
+from .kinds import check_shown
 from .schedulers import Schedule
 
 Generators = torch.Generator | Sequence[torch.Generator]
@@ -150,8 +151,10 @@ def sample_latents(
         on_step: ``on_step(i, t, x, denoised)``, may return a new x.
         options: of the sampler (``eta``).
     Raises:
-        ValueError: no such sampler, fewer than one step, guidance without ``uncond``.
+        ValueError: no such sampler, fewer than one step, guidance without ``uncond``; a network that is shown something
+            beside the latents (``kinds``), and no ``cond.extra``.
     """
+    check_shown(parts.net, parts.channels, cond)
     schedule, name = parts.schedule, sampler or parts.schedule.sampler
     if name not in SAMPLERS:
         raise ValueError(f"sampler {name!r} is not one of {', '.join(SAMPLERS)}")

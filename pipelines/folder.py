@@ -27,7 +27,17 @@ from ldm.prediction import Prediction
 from .compare import compare
 from .core import Parts
 from .schedulers import default_schedule
-from .stock import FORMS, Form, check_fit, read_schedule, text_settings, to_stock_pipeline
+from .stock import (
+    FORMS,
+    Form,
+    as_written,
+    check_fit,
+    check_kind,
+    check_low_res,
+    read_schedule,
+    text_settings,
+    to_stock_pipeline,
+)
 
 log = logging.getLogger(__name__)
 INDEX = "model_index.json"
@@ -59,7 +69,8 @@ def export(
 
 def save_parts(folder: str | Path, parts: Parts) -> Path:
     """Write the stock form: a UNet as ``StableDiffusionPipeline`` or, with SDXL's added conditions,
-    ``StableDiffusionXLPipeline``; an MMDiT as ``StableDiffusion3Pipeline``; a DiT as one of PixArt's.
+    ``StableDiffusionXLPipeline``; an MMDiT as ``StableDiffusion3Pipeline``; a DiT as one of PixArt's. A network that is
+    shown something beside the latents is written as the pipeline that shows it (``kinds``).
 
     It is written beside, opened again with the stock classes, compared with the parts given (every weight, and what
     each network answers), and only then renamed into place. A pipeline folder of the same name is replaced.
@@ -73,6 +84,7 @@ def save_parts(folder: str | Path, parts: Parts) -> Path:
     target = Path(folder).expanduser().resolve()
     check_replaceable(target)
     with _untouched_randomness(), _quiet():
+        parts = as_written(parts)
         stock = to_stock_pipeline(parts)
         target.parent.mkdir(parents=True, exist_ok=True)
         beside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
@@ -101,7 +113,7 @@ def check_replaceable(target: Path) -> None:
     entries = {entry.name for entry in target.iterdir()}
     if entries and INDEX not in entries:
         raise ValueError(f"{target}: holds {min(entries)} but no {INDEX}, so it is no pipeline; choose another folder")
-    foreign = entries - {INDEX} - NOTES - set(_read_index(target) if entries else ())
+    foreign = entries - {INDEX} - NOTES - set(read_index(target) if entries else ())
     if foreign:
         raise ValueError(f"{target}: holds {min(foreign)}, which is no part of its pipeline and would be lost")
 
@@ -126,13 +138,13 @@ def _write_for_older_readers(folder: Path) -> None:
     """transformers 4 wants the keys of a text tower prefixed, a CLIP tokenizer's words and merges in two files, and
     a T5 tokenizer called by its quick class. transformers 5 reads both forms."""
     for weights in folder.glob("text_encoder*/model.safetensors"):
-        model_type = _read_json(weights.parent / "config.json").get("model_type")
+        model_type = read_json(weights.parent / "config.json").get("model_type")
         state = load_file(weights)
         if model_type == "clip_text_model" and not any(name.startswith("text_model.") for name in state):
             save_file(
                 {f"text_model.{name}": value for name, value in state.items()}, weights, metadata={"format": "pt"}
             )
-    index = _read_index(folder)
+    index = read_index(folder)
     for place in folder.glob("tokenizer*"):
         if index[place.name][1] == "T5Tokenizer":
             index[place.name][1] = "T5TokenizerFast"
@@ -194,12 +206,12 @@ def load_parts(
     folder = Path(folder).expanduser()
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder")
-    index = _read_index(folder)
+    index = read_index(folder)
     name = index.get("_class_name")
     if not isinstance(name, str) or name not in FORMS:
         raise ValueError(f"{folder / INDEX}: _class_name is {name!r}; {', '.join(FORMS)} can be opened")
     form = FORMS[name]
-    _check_classes(folder, form, index)
+    check_classes(folder, form, index)
     if variant is not None and not any(folder.glob(f"*/*.{variant}*.safetensors")):
         raise ValueError(f"{folder}: no part has weights of variant {variant!r}")
     unread = [k for k in ("safety_checker", "image_encoder") if (index.get(k) or [None])[0]]
@@ -210,17 +222,18 @@ def load_parts(
     with _quiet():
         place = _component(folder, form.net_name)
         net = form.net.from_diffusers(place, **files, variant=which_variant(place, variant))
+        check_kind(name, net)
         place = _component(folder, "vae")
         vae = VAE.from_diffusers(place, **files, variant=which_variant(place, variant))
         t5_settings = {"t5": t5, "load_in_8bit": load_in_8bit}
         settings = text_settings(form, net, index)
         text = TextEncoder.from_pretrained(folder, form.family, dtype=dtype, variant=variant, **t5_settings, **settings)
     check_fit(net, vae, text)
-    schedule = read_schedule(_read_json(folder / "scheduler" / "scheduler_config.json"), form.family)
+    schedule = read_schedule(read_json(folder / "scheduler" / "scheduler_config.json"), form.family)
     return Parts(net.eval(), vae.eval(), text.eval(), schedule)
 
 
-def _check_classes(folder: Path, form: Form, index: dict[str, Any]) -> None:
+def check_classes(folder: Path, form: Form, index: dict[str, Any]) -> None:
     """Each part that is needed is there and of its class, before any weights are read."""
     kinds = {form.net_name: ("diffusers", [form.net.stock]), "vae": ("diffusers", [VAE.stock])}
     if form.net is DiT:
@@ -235,6 +248,9 @@ def _check_classes(folder: Path, form: Form, index: dict[str, Any]) -> None:
             expected = " or ".join(str([library, kind]) for kind in classes)
             raise ValueError(f"{folder / INDEX}: {part} is {index.get(part)}, expected {expected}")
         _component(folder, part)
+    if form.kind == "low_resolution":
+        file = folder / "low_res_scheduler" / "scheduler_config.json"
+        check_low_res(read_json(file), str(file))
 
 
 def _component(folder: Path, name: str) -> Path:
@@ -244,14 +260,14 @@ def _component(folder: Path, name: str) -> Path:
     return place
 
 
-def _read_index(folder: Path) -> dict[str, Any]:
+def read_index(folder: Path) -> dict[str, Any]:
     file = folder / INDEX
     if not file.is_file():
         raise ValueError(f"{file}: missing, so {folder} is no pipeline folder")
-    return _read_json(file)
+    return read_json(file)
 
 
-def _read_json(file: Path) -> dict[str, Any]:
+def read_json(file: Path) -> dict[str, Any]:
     if not file.is_file():
         raise ValueError(f"{file}: missing")
     try:

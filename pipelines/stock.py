@@ -2,25 +2,37 @@
 
 from __future__ import annotations
 
+import copy
 import logging
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
+import torch
 from diffusers import (
+    DDPMScheduler,
     DiffusionPipeline,
     PixArtAlphaPipeline,
     PixArtSigmaPipeline,
+    StableDiffusion3InpaintPipeline,
     StableDiffusion3Pipeline,
+    StableDiffusionInpaintPipeline,
+    StableDiffusionInstructPix2PixPipeline,
     StableDiffusionPipeline,
+    StableDiffusionUpscalePipeline,
+    StableDiffusionXLInpaintPipeline,
+    StableDiffusionXLInstructPix2PixPipeline,
     StableDiffusionXLPipeline,
 )
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer, T5Config, T5EncoderModel
 
+from ldm.latents import LatentScale
 from ldm.models.base import Network
 from ldm.models.bpe import clip_tokenizer
 from ldm.models.dit import DiT
+from ldm.models.grow import latent_channels
 from ldm.models.mmdit import MMDiT
 from ldm.models.text import EMPTY_TOKENS, FAMILIES, TextEncoder
 from ldm.models.text_files import SECOND_WIDTH, is_empty
@@ -29,10 +41,18 @@ from ldm.models.vae import VAE
 from ldm.paths import RectifiedFlow
 
 from .core import Parts
+from .kinds import KINDS, extra_channels, kind_of
 from .schedulers import Schedule, default_schedule, from_stock, stock_scheduler, trained_as
 
 log = logging.getLogger(__name__)
 POOLED = "the width of the pooled text"
+UPSCALER_SCALE = 0.08333  # which StableDiffusionUpscalePipeline writes into its VAE's config, whatever stood there
+LOW_RES: dict[str, Any] = {  # the betas by which the x4 upscaler's small pictures get their noise
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.0001,
+    "beta_end": 0.02,
+    "num_train_timesteps": 1000,
+}
 
 
 class Form(NamedTuple):
@@ -43,12 +63,25 @@ class Form(NamedTuple):
     net_name: str  # the subfolder
     family: str  # of its text encoders
     text_tokens: int | None = None  # of T5, where the pipelines of one family differ
+    kind: str | None = None  # of ``kinds``: what the network is shown beside the latents
 
 
 FORMS = {
     "StableDiffusionPipeline": Form(StableDiffusionPipeline, UNet, "unet", "sd"),
     "StableDiffusionXLPipeline": Form(StableDiffusionXLPipeline, UNet, "unet", "sdxl"),
     "StableDiffusion3Pipeline": Form(StableDiffusion3Pipeline, MMDiT, "transformer", "sd3"),
+    "StableDiffusionInpaintPipeline": Form(StableDiffusionInpaintPipeline, UNet, "unet", "sd", kind="inpaint"),
+    "StableDiffusionXLInpaintPipeline": Form(StableDiffusionXLInpaintPipeline, UNet, "unet", "sdxl", kind="inpaint"),
+    "StableDiffusion3InpaintPipeline": Form(
+        StableDiffusion3InpaintPipeline, MMDiT, "transformer", "sd3", kind="inpaint"
+    ),
+    "StableDiffusionInstructPix2PixPipeline": Form(
+        StableDiffusionInstructPix2PixPipeline, UNet, "unet", "sd", kind="image"
+    ),
+    "StableDiffusionXLInstructPix2PixPipeline": Form(
+        StableDiffusionXLInstructPix2PixPipeline, UNet, "unet", "sdxl", kind="image"
+    ),
+    "StableDiffusionUpscalePipeline": Form(StableDiffusionUpscalePipeline, UNet, "unet", "sd", kind="low_resolution"),
     "PixArtAlphaPipeline": Form(PixArtAlphaPipeline, DiT, "transformer", "pixart", 120),
     "PixArtSigmaPipeline": Form(PixArtSigmaPipeline, DiT, "transformer", "pixart", 300),
 }
@@ -59,6 +92,7 @@ FORMS = {
 
 def to_stock_pipeline(parts: Parts) -> DiffusionPipeline:
     """The stock pipeline around these weights (shared, not copied). Raises ValueError as ``save_parts`` does."""
+    parts = as_written(parts)
     net, vae, text = parts.net, parts.vae, parts.text
     form = form_of(net, text)
     check_fit(net, vae, text)
@@ -75,7 +109,9 @@ def to_stock_pipeline(parts: Parts) -> DiffusionPipeline:
         given[tokenizer_of(name)], given[name] = text.towers().get(name, (None, None))
     if form.text_tokens not in (None, text.max_length):
         log.warning("call %s with max_sequence_length=%d", form.pipeline.__name__, text.max_length)
-    if form.family == "sd":
+    if form.kind == "low_resolution":
+        given |= dict(low_res_scheduler=DDPMScheduler(**LOW_RES), safety_checker=None, feature_extractor=None)
+    elif form.family == "sd":
         given |= dict(safety_checker=None, feature_extractor=None, requires_safety_checker=False)
     if form.family == "sdxl":
         given["force_zeros_for_empty_prompt"] = text.zeros_for_empty
@@ -86,6 +122,31 @@ def to_stock_pipeline(parts: Parts) -> DiffusionPipeline:
         for name in empty.keys() - text.towers().keys():
             given[tokenizer_of(name)], given[name] = empty[name]
     return form.pipeline(**given)
+
+
+def as_written(parts: Parts) -> Parts:
+    """The parts in the numbers in which the stock form holds them: the upscaler's VAE has the one scale that its
+    pipeline decodes by. The pictures are the same, to rounding."""
+    if kind_of(parts.net) != "low_resolution" or parts.vae.latent_scale.scale == UPSCALER_SCALE:
+        return parts
+    return replace(parts, vae=rescaled(parts.vae, UPSCALER_SCALE))
+
+
+@torch.no_grad()
+def rescaled(vae: VAE, scale: float) -> VAE:
+    """A copy of an autoencoder whose raw latents are larger or smaller, so that ``scaling_factor`` is ``scale`` and the
+    normalized ones stay."""
+    vae, channels = copy.deepcopy(vae), vae.config["latent_channels"]
+    old = vae.latent_scale
+    ratio = old.scale / scale
+    last: Any = vae.encoder.conv_out if vae.quant_conv is None else vae.quant_conv
+    last.weight[:channels] *= ratio  # the means; the rest are log variances
+    last.bias[:channels] *= ratio
+    last.bias[channels:] += 2 * math.log(ratio)
+    first: Any = vae.decoder.conv_in if vae.post_quant_conv is None else vae.post_quant_conv
+    first.weight /= ratio
+    vae.set_latent_scale(LatentScale(scale, old.shift * ratio))
+    return vae
 
 
 def tokenizer_of(text_encoder: str) -> str:
@@ -121,14 +182,18 @@ def empty_encoders(text: TextEncoder) -> tuple[CLIPTextModelWithProjection, CLIP
 
 
 def form_of(net: Network, text: TextEncoder | None = None) -> Form:
-    """The stock form of a network; a DiT's depends on how many tokens its text has."""
+    """The stock form of a network, told by its input channels; a DiT's depends on how many tokens its text has."""
+    kind = kind_of(net)
     for form in FORMS.values():
-        if not isinstance(net, form.net):
+        if not isinstance(net, form.net) or form.kind != kind:
             continue
         if form.net is UNet and bool(net.config["addition_embed_type"]) != (form.family == "sdxl"):
             continue
         if form.text_tokens is None or text is None or text.max_length <= form.text_tokens:
             return form
+    if kind is not None and any(isinstance(net, form.net) for form in FORMS.values()):
+        what = f"{type(net).__name__} of {net.config['in_channels']} channels, which is shown {KINDS[kind]}"
+        raise ValueError(f"no stock pipeline has a {what}")
     if isinstance(net, DiT):
         raise ValueError(f"the text has {text and text.max_length} tokens; PixArt's pipelines read 120 or 300")
     known = " and ".join(sorted({form.net.__name__ for form in FORMS.values()}))
@@ -145,7 +210,9 @@ def check_fit(net: Network, vae: VAE, text: TextEncoder) -> None:
     if family == "pixart" and out == 2 * c["in_channels"]:
         out //= 2  # the second half is the variance, which the stock pipelines leave aside
     what, theirs = "the VAE's latent_channels", vae.config["latent_channels"]
-    pairs = [("in_channels", c["in_channels"], what, theirs), ("out_channels", out, what, theirs)]
+    more = 0 if form.kind is None else extra_channels(form.kind, latent_channels(net))
+    name = f"in_channels less {more} for what it is shown" if more else "in_channels"
+    pairs = [(name, c["in_channels"] - more, what, theirs), ("out_channels", out, what, theirs)]
     name = {"sd3": "joint_attention_dim", "pixart": "caption_channels"}.get(family, "cross_attention_dim")
     pairs.append((name, c[name], "the text encoder's width", text.width))
     if family == "sdxl":
@@ -157,6 +224,10 @@ def check_fit(net: Network, vae: VAE, text: TextEncoder) -> None:
     for name, ours, what, theirs in pairs:
         if ours != theirs:
             raise ValueError(f"the network's {name} is {ours}, {what} is {theirs}: they must be equal")
+    latents, usual = vae.config["latent_channels"], 16 if family == "sd3" else 4
+    if form.kind == "inpaint" and latents != usual:
+        taken = usual + extra_channels("inpaint", usual)
+        raise ValueError(f"{form.pipeline.__name__} takes {taken} channels, {usual} of them latents; not {latents}")
     if family != "sd3" and vae.latent_scale.shift:
         shift = vae.latent_scale.shift
         raise ValueError(f"{form.pipeline.__name__} ignores the VAE's shift_factor, which is {shift}: it must be 0")
@@ -180,6 +251,9 @@ def from_stock_pipeline(pipeline: DiffusionPipeline) -> Parts:
         if stock.get(part) is None:
             raise ValueError(f"{name}: its {part} is None; without it nothing can be drawn")
     net, vae = form.net.from_diffusers(stock[form.net_name]), VAE.from_diffusers(stock["vae"])
+    check_kind(name, net)
+    if "low_res_scheduler" in stock:
+        check_low_res(dict(stock["low_res_scheduler"].config), f"{name}: its low_res_scheduler")
     towers = {}
     for part in FAMILIES[form.family]:
         tokenizer, model = stock.get(tokenizer_of(part)), stock.get(part)
@@ -193,6 +267,24 @@ def from_stock_pipeline(pipeline: DiffusionPipeline) -> Parts:
     scheduler = stock["scheduler"]
     config = dict(scheduler.config) | {"_class_name": type(scheduler).__name__}  # one that was never saved lacks it
     return Parts(net, vae, text, read_schedule(config, form.family))
+
+
+def check_kind(name: str, net: Network) -> None:
+    """Raises ValueError where a network is not shown what a pipeline of this name shows it. The pipelines of inpainting
+    take networks too that are shown nothing."""
+    kind = kind_of(net)
+    if kind == FORMS[name].kind or (kind is None and FORMS[name].kind == "inpaint"):
+        return
+    fits = next((other for other, form in FORMS.items() if isinstance(net, form.net) and form.kind == kind), "none")
+    total = net.config["in_channels"]
+    raise ValueError(f"a {name} has no network of {total} input channels; {fits} has one: is the name right?")
+
+
+def check_low_res(config: Mapping[str, Any], where: str) -> None:
+    """Raises ValueError where an upscaler's small pictures get their noise by other betas than the x4 upscaler's."""
+    for key, value in LOW_RES.items():
+        if config.get(key, value) != value or config.get("trained_betas") is not None:
+            raise ValueError(f"{where} has {key} {config.get(key)!r}; only {LOW_RES} can be had")
 
 
 def text_settings(form: Form, net: Network, index: Mapping[str, Any]) -> dict[str, Any]:

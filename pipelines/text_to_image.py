@@ -23,6 +23,7 @@ from ldm.models.vae import VAE
 
 from .core import Generators, Parts, decode, latent_shape, sample_latents, start_latents, with_sizes
 from .folder import load_parts, save_parts
+from .lora_pipeline import LoraMixin
 from .schedulers import Schedule
 from .stock import from_stock_pipeline
 
@@ -33,7 +34,7 @@ DEFAULTS = {"sd": (50, 7.5), "sdxl": (50, 5.0), "sd3": (28, 7.0), "pixart": (20,
 OUTPUTS = ("pil", "np", "pt", "latent")
 
 
-class TextToImagePipeline(DiffusionPipeline):
+class TextToImagePipeline(LoraMixin, DiffusionPipeline):
     """Draws pictures from prompts with our networks; reads and writes folders of the stock form.
 
     Args:
@@ -104,9 +105,11 @@ class TextToImagePipeline(DiffusionPipeline):
         """Write the stock form, which ``DiffusionPipeline.from_pretrained`` opens without this package.
 
         Raises:
-            ValueError: the folder holds anything but a pipeline, or the schedule has no stock form.
+            ValueError: the folder holds anything but a pipeline, the schedule has no stock form, or a LoRA acts that is
+                not fused.
         """
-        save_parts(save_directory, self.parts)
+        with self._without_lora("save_pretrained"):
+            save_parts(save_directory, self.parts)
 
     @property
     def parts(self) -> Parts:

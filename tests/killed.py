@@ -3,6 +3,7 @@
 A process imports all that is needed and computes nothing; each run is a fork of it. ``python -m tests.killed`` writes
 ``golden.json`` anew."""
 
+import importlib
 import json
 import multiprocessing as mp
 import os
@@ -11,6 +12,7 @@ import signal
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,7 @@ def draw(root: Path) -> Path:
     from PIL import Image, ImageDraw
 
     shards = root.with_name("shards")
-    shards.mkdir()
+    shards.mkdir(parents=True)
     for split, count in (("train", 18), ("test", 4)):
         (root / split).mkdir(parents=True)
         lines = []
@@ -78,22 +80,38 @@ def configs(root: Path, out: Path, **train: Any) -> dict[str, dict[str, Any]]:
     }
 
 
-def forked(raw: dict[str, Any], said: Path) -> int:
-    """A process that trains; its messages go to a file."""
+def one_run(raw: dict[str, Any]) -> None:
+    from training.config import parse
+    from training.run import train_all
+
+    train_all([parse(raw, raw["task"])])
+
+
+def forked(
+    raw: dict[str, Any],
+    said: Path,
+    train: Callable[[dict[str, Any]], None] = one_run,
+    *,
+    rank: int = 0,
+    world: int = 1,
+    port: int = 0,
+) -> int:
+    """A process that trains, alone or as one of several; its messages go to a file, and the rows that it sees to one
+    beside it."""
     pid = os.fork()
     if pid:
         return pid
     code = 1
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     try:
         handle = os.open(said, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
         os.dup2(handle, 2)
+        os.environ.update({k: str(v) for k, v in place.items()} if world > 1 else {}, ACCELERATE_USE_CPU="true")
         import torch
 
-        from training.config import parse
-        from training.run import train_all
-
+        rows_told(said.with_suffix(".rows"))
         torch.set_num_threads(1)
-        train_all([parse(raw, raw["task"])])
+        train(raw)
         code = 0
     except SystemExit as stop:
         code = int(stop.code or 0)
@@ -104,16 +122,42 @@ def forked(raw: dict[str, Any], said: Path) -> int:
         os._exit(code)
 
 
+def rows_told(file: Path) -> None:
+    """Every step of this process's loop leaves a line: images seen before it, and its rows."""
+    from training.guards import Watchman
+
+    look = Watchman.look
+
+    def told(self: Any, images: int, asked: bool, rows: Any, moved: Any) -> bool:
+        with file.open("a") as handle:
+            handle.write(json.dumps([images, rows.tolist()]) + "\n")
+        return look(self, images, asked, rows, moved)
+
+    Watchman.look = told  # type: ignore[method-assign]
+
+
+def rows_seen(file: Path) -> dict[int, list[int]]:
+    """By images seen before the step. What was done again after a kill was done with the same rows."""
+    found: dict[int, list[int]] = {}
+    for line in file.read_text().splitlines(keepends=True):
+        if not line.endswith("\n"):  # the kill came in between
+            continue
+        images, rows = json.loads(line)
+        assert found.setdefault(images, rows) == rows, (file, images)
+    return found
+
+
 def trained(raw: dict[str, Any], said: Path) -> None:
     _, status = os.waitpid(forked(raw, said), 0)
     assert status == 0, said.read_text()[-3000:]
 
 
 def until_done(raw: dict[str, Any], said: Path, moments: random.Random, longest: float, kills: int) -> int:
-    """Kills the run at random moments, the last time at most ``kills`` times, and then lets it end."""
+    """Kills the run at random moments, at most ``kills`` times and the sooner the less is left of it, and then lets it
+    end."""
     for n in range(kills):
         pid = forked(raw, said)
-        time.sleep(moments.uniform(0, longest))
+        time.sleep(moments.uniform(0, longest * (1 - n / kills)))
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
         if (Path(raw["output_dir"]) / "done.json").exists():
@@ -122,15 +166,20 @@ def until_done(raw: dict[str, Any], said: Path, moments: random.Random, longest:
     return kills
 
 
-def all_tasks(root: Path, kills: int, seed: int, train: dict[str, Any]) -> None:
-    """ROOT/TASK in one go, and ROOT/killed/TASK."""
-    import training.evaluate.report
-    import training.tasks.autoencoder
-    import training.tasks.clip
-    import training.tasks.diffusion  # noqa: F401
+def prepared(root: Path) -> None:
+    """Imports all that a fork needs, and draws the pictures."""
+    for name in ("diffusers.optimization", "matplotlib.figure", "transformers.models.clip.modeling_clip"):
+        importlib.import_module(name)
+    for name in ("evaluate.report", "run", "tasks.autoencoder", "tasks.clip", "tasks.diffusion"):
+        importlib.import_module(f"training.{name}")
 
     mp.set_start_method("fork", force=True)  # of loaders' workers: they look whether their parent lives
     draw(root / "data")
+
+
+def all_tasks(root: Path, kills: int, seed: int, train: dict[str, Any]) -> None:
+    """ROOT/TASK in one go, and ROOT/killed/TASK."""
+    prepared(root)
     moments, told = random.Random(seed), {}
     for task in TASKS:
         start = time.monotonic()

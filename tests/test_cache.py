@@ -3,14 +3,9 @@
 from __future__ import annotations
 
 import copy
-import hashlib
-import io
-import logging
 import os
 import signal
-import socket
 import time
-from dataclasses import replace
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -19,18 +14,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState
-from torch import Tensor, nn
+from torch import Tensor
 
 from ldm.models.text import TextEncoder
 from ldm.models.vae import VAE
 from tests import families, tiny
 from tests.stand_in import CAPTIONS, SHAPES, Bucketed, Given, all_of, forked, made, text_of
+from tests.test_cache_keys import nudged
 from training import cache
 from training.batches import to_unit
-from training.cache import Together, fill
-from training.encoders import encode_captions, pieces, text_hash, vae_hash, weights_hash
+from training.encoders import encode_captions, pieces
 from training.fit import ConfigError
 from training.schema import Data
 from training.store import Store
@@ -130,7 +123,7 @@ def test_half_precision_is_the_rounded_number_in_half_the_room(precision: str, k
     assert b["bias"].dtype == torch.float32 and b["bias"].equal(a["bias"])  # log 256 must go on counting 256 tokens
 
     def values(folder: Path) -> int:
-        files = [x for x in folder.rglob("*.npy") if x.stem not in ("keys", "bias")]
+        files = [x for x in folder.rglob("*.npy") if x.stem not in ("keys", "sums", "bias")]
         return sum(np.load(x).nbytes for x in files)
 
     assert values(tmp_path / "b") * 2 == values(tmp_path / "a") and halves["bytes"] < sizes["bytes"]
@@ -256,14 +249,6 @@ def test_what_is_there_is_not_encoded_again(calls: dict[str, list[int]], tmp_pat
     assert found.latents(np.array([1])).equal(first.latents(np.array([2])))
 
 
-def nudged(module: nn.Module, name: str) -> nn.Module:
-    """One weight, by one unit in its last place."""
-    weight = dict(module.named_parameters())[name].view(-1)[:1]
-    with torch.no_grad():
-        weight.copy_(torch.nextafter(weight, torch.tensor([9.0])))
-    return module
-
-
 def test_one_change_makes_anew_what_depends_on_it_and_nothing_else(calls: dict[str, list[int]], tmp_path: Path):
     def asked(rows: Bucketed, vae: VAE | None = None, text: TextEncoder | None = None, **how: Any) -> tuple[int, int]:
         for x in calls.values():
@@ -292,57 +277,6 @@ def test_one_change_makes_anew_what_depends_on_it_and_nothing_else(calls: dict[s
     assert asked(rows) == (0, 0)  # and what was there before is there still
 
 
-@pytest.mark.parametrize("name", ["sdxl", "sd3", "pixart alpha"])
-def test_all_that_decides_an_embedding_is_in_its_key(name: str):
-    """Each encoder's weights, words and lengths; not what its tokenizer was last asked."""
-    base, seen = text_of(name), set()
-    base.encode(["a red apple"])
-    seen.add(text_hash(base))
-    base.encode(["zebra", ""], max_sequence_length=13)
-    assert text_hash(base) in seen and text_hash(text_of(name)) in seen
-    for tower in base.towers():
-        changed = text_of(name)
-        model = changed.towers()[tower][1]
-        nudged(model, [n for n, _ in model.named_parameters()][-1])
-        assert text_hash(changed) not in seen
-        seen.add(text_hash(changed))
-        changed = text_of(name)
-        changed.tokenizer = copy.deepcopy(changed.tokenizer)
-        words = changed.tokenizer
-        words.add_special_tokens({"pad_token": "<pad2>" if name.startswith("pixart") else "a"})
-        assert text_hash(changed) not in seen
-    for key, value in (("max_sequence_length", 21), ("zeros_for_empty", False), ("family", "sd"), ("width", 7)):
-        changed = text_of(name)
-        setattr(changed, key, value)
-        assert text_hash(changed) not in seen
-        seen.add(text_hash(changed))
-    longer = text_of(name)
-    longer.tokenizer = copy.deepcopy(longer.tokenizer)
-    longer.tokenizer.model_max_length = 9
-    assert text_hash(longer) not in seen
-
-
-def test_all_that_decides_the_moments_is_in_their_key():
-    """Groups of the norms are in no weight; the scale is applied later."""
-    base = vae_hash(tiny.vae())
-    assert base == vae_hash(tiny.vae(scaling_factor=0.3, shift_factor=0.1))
-    assert base != vae_hash(tiny.vae(norm_num_groups=2))
-    assert base != vae_hash(tiny.vae().half())
-
-
-def test_weights_hash_sees_names_shapes_and_kinds():
-    one = nn.Linear(2, 3, bias=False)
-    base = weights_hash(one)
-    assert base == weights_hash(one)
-    turned = nn.Linear(3, 2, bias=False)
-    named = nn.ParameterDict({"other": one.weight})
-    half = nn.Linear(2, 3, bias=False).bfloat16()
-    with torch.no_grad():
-        turned.weight.copy_(one.weight.reshape(2, 3))
-        half.weight.copy_(one.weight)
-    assert len({base, weights_hash(turned), weights_hash(named), weights_hash(half), weights_hash(one, one)}) == 5
-
-
 def test_prune_drops_what_is_no_longer_used(calls: dict[str, list[int]], tmp_path: Path):
     rows = Bucketed(14)
     made(tmp_path, rows, flip=True)
@@ -356,13 +290,13 @@ def test_prune_drops_what_is_no_longer_used(calls: dict[str, list[int]], tmp_pat
     assert sum(calls["pictures"]) == 9
 
 
-# --- killed, and shared out ------------------------------------------------------------------------------------------
+# --- killed ----------------------------------------------------------------------------------------------------------
 
 
 def until_killed(place: str, root: Path, pipe: Connection) -> None:
     """Make a cache, but in the third shard say so and wait, while it is encoded or half written."""
     seen: list[int] = []
-    owner, name, when = (VAE, "encode", 5) if place == "encode" else (os, "fsync", 6)
+    owner, name, when = (VAE, "encode", 5) if place == "encode" else (os, "fsync", 8)
     plain = getattr(owner, name)
 
     def stall(*args: Any) -> Any:
@@ -400,73 +334,3 @@ def test_killed_and_gone_on_it_is_the_same_to_the_bit(
     assert sum(calls["pictures"]) == counts["pictures_made"] == 80 - done
     assert all_of(caches, rows, 2) == whole
     assert list(folder.glob(".*")) == []
-
-
-class Alone(Together):
-    """One of several processes, without the others."""
-
-    def told(self, find: Any) -> Any:
-        return find()
-
-
-def test_every_process_takes_its_share(tmp_path: Path):
-    keys = np.frombuffer(bytes(range(16 * 10)), "S16")
-    group, taken = np.array([0, 1] * 5), []
-
-    def encode(block: np.ndarray) -> dict[str, np.ndarray]:
-        taken.append(block.tolist())
-        return {"x": block.astype(np.float32)}
-
-    for rank in range(3):
-        store, waits = Store(tmp_path / f"{rank}"), []
-        together = replace(Alone(rank, 3), wait=lambda waits=waits: waits.append(1))
-        missing = fill(store, keys, encode, together, group=group, size=lambda g: 2 + g, what="rows")
-        assert missing == 10 and len(waits) == 2  # all wait in each of the rounds, busy or not
-    assert taken == [[0, 2], [1, 3, 5], [4, 6], [7, 9], [8]]
-
-
-def shared_rows() -> Bucketed:
-    rows = Bucketed(40)
-    rows.texts[0] = ("a " * 40, *("b " * n for n in range(30, 40)))
-    return rows
-
-
-def digest(caches: cache.Caches) -> str:
-    return hashlib.sha256(repr(all_of(caches, shared_rows(), 2)).encode()).hexdigest()
-
-
-def one_of_two(root: Path, rank: int, port: int, pipe: Connection) -> None:
-    """A process of a pair, as a launcher starts it."""
-    spread = {"WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": port, "RANK": rank, "LOCAL_RANK": rank}
-    os.environ |= {k: str(v) for k, v in spread.items()} | {"MASTER_ADDR": "127.0.0.1", "ACCELERATE_USE_CPU": "true"}
-    AcceleratorState._reset_state(True)
-    asked, plain, said = [], VAE.encode, io.StringIO()
-
-    def encode(self: VAE, x: Tensor) -> Any:
-        asked.append(len(x))
-        return plain(self, x)
-
-    VAE.encode = encode
-    logging.getLogger("training").addHandler(logging.StreamHandler(said))
-    caches, counts = made(root, shared_rows(), flip=True, together=Together.of(Accelerator(cpu=True)))
-    pipe.send((sum(asked), counts, digest(caches), said.getvalue()))
-
-
-def test_two_processes_share_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Real ones. Together they make each row once, and read the same bits as one alone makes."""
-    monkeypatch.setattr(cache, "ROWS", 4)
-    monkeypatch.setattr(cache, "BATCH", 3)
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port = found.getsockname()[1]
-    pair = [forked(partial(one_of_two, tmp_path / "two", rank, port)) for rank in range(2)]
-    assert all(pipe.poll(120) for _, pipe in pair)
-    (asked, counts, seen, said), (other_asked, other_counts, other_seen, other_said) = (p.recv() for _, p in pair)
-    for child, _ in pair:
-        child.join(60)
-        assert child.exitcode == 0
-    assert (counts, seen) == (other_counts, other_seen)
-    assert counts["pictures_made"] == 80 == asked + other_asked and 36 <= asked <= 44
-    assert "11 captions have more than 12 tokens" in said and other_said == ""
-    alone, counts_alone = made(tmp_path / "one", shared_rows(), flip=True)
-    assert digest(alone) == seen and counts == counts_alone

@@ -9,7 +9,7 @@ from torch import nn
 
 from ldm.cond import Cond
 from ldm.denoiser import Denoiser, TimeInput
-from ldm.models.dit import LORA_TARGETS, DiT, visible
+from ldm.models.dit import DiT, visible
 from ldm.paths import DiscreteVP
 from ldm.prediction import Eps
 from tests import tiny
@@ -20,7 +20,6 @@ from tests.twins import (
     assert_same_gradients,
     assert_shared,
     assert_start,
-    assert_targets,
     draw,
     gradients,
     random_twin,
@@ -341,8 +340,3 @@ def test_a_cond_that_does_not_fit(change, message):
         net(x, time, Cond(**{"tokens": tokens, "size_ids": sizes} | change))
     with pytest.raises(ValueError, match=r"\(2, 5, 16, 16\); expected \(B, in_channels=4, H, W\)"):
         net(torch.zeros(2, 5, 16, 16), time, Cond(tokens, size_ids=sizes))
-
-
-def test_lora_targets_are_the_projections_of_every_attention_here_and_in_stock():
-    for model in (stock(), DiT(**SMALL)):
-        assert_targets(model, LORA_TARGETS, ("attn1", "attn2"))

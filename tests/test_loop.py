@@ -150,15 +150,22 @@ def test_a_stopped_run_says_how_to_go_on(tmp_path: Path, capsys):
     assert f"ldm train {tmp_path}/config.yaml" in said.replace(" ", "").replace("ldmtrain", "ldm train ")
 
 
-def test_a_signal_in_the_last_step_is_no_interruption(tmp_path: Path, whole):
+def test_a_signal_in_the_last_step_is_no_interruption_but_ends_the_command(tmp_path: Path, whole, caplog):
     def stop(images: int) -> None:
         if images == 88 and not caught:
             caught.append(images)
             os.kill(os.getpid(), signal.SIGTERM)
 
     caught: list[int] = []
+    stages = guards.Stages()
+    stages.begin("the first")  # nobody has asked yet
     assert differing(go(tmp_path, act=stop).state(), whole[0].state()) == []
     assert caught == [88]
+    with caplog.at_level("WARNING", "training"), pytest.raises(Interrupted) as stopped:
+        stages.begin("the next")
+    assert stopped.value.code == 75
+    assert f"{tmp_path} is done, and the next was not begun: a signal asked to stop" in caplog.text
+    guards.Stages().begin("the next command's")
 
 
 def test_a_second_signal_leaves_at_once(tmp_path: Path):

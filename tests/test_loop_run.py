@@ -1,5 +1,7 @@
 """A run's folder and its config: what may change while it goes on, and what is refused in one line."""
 
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +10,8 @@ import pytest
 from tests.killed import configs, draw
 from training.config import dump, parse
 from training.fit import ConfigError
+from training.guards import Watchman
+from training.loop import Interrupted
 from training.run import begun, check_folder, open_data, train_all
 
 
@@ -43,6 +47,26 @@ def test_a_checkpoint_is_of_one_run(tmp_path: Path):
     two = [config(tmp_path, "clip"), config(tmp_path, "vae")]
     with pytest.raises(ConfigError, match="a checkpoint is of one run"):
         train_all(two, tmp_path / "clip" / "checkpoints" / "images_000000008")
+
+
+def test_a_signal_in_the_last_step_of_a_stage_keeps_the_next_from_beginning(tmp_path: Path, monkeypatch):
+    """The stage is made to the end, and the same command goes on with the next."""
+    draw(tmp_path / "data")
+    look = Watchman.look
+
+    def interrupted(self: Watchman, images: int, asked: bool, *rest: Any) -> bool:
+        os.kill(os.getpid(), signal.SIGINT)
+        return look(self, images, True, *rest)
+
+    stages = [config(tmp_path, task, images=4) for task in ("clip", "vae")]  # one step
+    with monkeypatch.context() as patched, pytest.raises(Interrupted) as stopped:
+        patched.setattr(Watchman, "look", interrupted)
+        train_all(stages)
+    assert stopped.value.code == 75
+    assert (tmp_path / "clip" / "done.json").is_file() and (tmp_path / "clip" / "pipeline").is_dir()
+    assert not (tmp_path / "vae").exists()
+    train_all(stages)
+    assert (tmp_path / "vae" / "done.json").is_file()
 
 
 def test_only_the_diffusion_task_streams(tmp_path: Path):

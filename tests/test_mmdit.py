@@ -6,7 +6,7 @@ import torch
 from diffusers.models.transformers.transformer_sd3 import SD3Transformer2DModel
 
 from ldm.cond import Cond
-from ldm.models.mmdit import LORA_TARGETS, MMDiT, Modulation
+from ldm.models.mmdit import MMDiT, Modulation
 from tests.twins import (
     DTYPES,
     TOLERANCE,
@@ -14,7 +14,6 @@ from tests.twins import (
     assert_same_gradients,
     assert_shared,
     assert_start,
-    assert_targets,
     draw,
     gradients,
     random_twin,
@@ -240,8 +239,3 @@ def test_a_time_that_does_not_fit(time):
     x, _, tokens, pooled = inputs()
     with pytest.raises(ValueError, match=r"time is \(3?,?\); expected \(2,\), one for each picture"):
         MMDiT(**SMALL)(x, time, Cond(tokens, pooled=pooled))
-
-
-def test_lora_targets_are_the_projections_of_every_attention_here_and_in_stock():
-    for model in (stock(**FAMILIES["sd3.5-medium"]), MMDiT(**SMALL | FAMILIES["sd3.5-medium"])):
-        assert_targets(model, LORA_TARGETS, ("attn", "attn2"))

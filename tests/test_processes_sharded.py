@@ -1,19 +1,25 @@
 """FSDP2 on a CPU: two processes share out the weights, and one opens what they saved; and the launchers' configs."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from PIL import Image
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
-from tests.toy import ROOT, go, logged, together
+from tests.killed import losses
+from tests.killed_together import shared_out
+from tests.toy import ROOT, begun, ended, go, logged, together
 from training import checkpoint, processes, sharded
 from training.checkpoint import CheckpointError
+from training.fit import ConfigError
 
 ACCELERATE = ROOT / "configs" / "accelerate"
 
@@ -45,6 +51,43 @@ def test_two_processes_that_share_the_weights_out_are_one(tmp_path: Path):
     assert held_out[0] == pytest.approx(held_out[1], rel=1e-5)
 
 
+@pytest.fixture(scope="module")
+def unets(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("unets")
+    (code,) = ended([begun(shared_out, root, {})], 500)
+    assert code == 0, {p.name: p.read_text()[-3000:] for p in root.glob("*.txt")}
+    return root
+
+
+@pytest.mark.parametrize("name", ["fsdp2", "kept"])
+def test_a_task_that_is_shared_out_is_that_of_one_process(name: str, unets: Path):
+    """Losses, held-out losses with the averages (after which training goes on with its own weights), and the grid."""
+    one, two = losses(unets / "unet"), losses(unets / name)
+    assert len(one) == len(two) and any("held_out_loss" in row for row in two)
+    for alone, both in zip(one, two, strict=True):
+        assert both == pytest.approx(alone, rel=1e-4)
+    grids = [
+        np.asarray(Image.open(run / "samples" / "images_000000016.png")).astype(int)
+        for run in (unets / "unet", unets / name)
+    ]
+    assert grids[0].shape == grids[1].shape and abs(grids[0] - grids[1]).max() <= 2  # of 255
+    expected, found = (checkpoint.load(newest(unets / run))[0] for run in ("unet", name))
+    for file in ("net", "net_ema"):
+        assert found[file].keys() == expected[file].keys()
+        for k, v in expected[file].items():
+            torch.testing.assert_close(found[file][k], v, rtol=0, atol=1e-4)  # Adam makes much of small differences
+
+
+@pytest.mark.parametrize("name", ["fsdp2", "kept"])
+def test_what_two_export_together_is_what_one_exports_from_their_checkpoint(name: str, unets: Path):
+    files = sorted(
+        p.relative_to(unets / name / "pipeline") for p in (unets / name / "pipeline").rglob("*") if p.is_file()
+    )
+    assert len(files) > 8 and any(p.parts[0] == "unet" and p.suffix == ".safetensors" for p in files)
+    for file in files:
+        assert (unets / name / "by_two" / file).read_bytes() == (unets / name / "pipeline" / file).read_bytes(), file
+
+
 def test_a_damaged_shard_is_named(tmp_path: Path):
     run = tmp_path / "run"
     assert together(run, 2, share_out=True, config={"images": 48}) == [0, 0]
@@ -62,6 +105,67 @@ def test_what_is_whole_stays_whole():
     target = nn.Parameter(torch.zeros(2, 3))
     sharded.copy_into(target, whole)
     assert target.equal(whole) and not sharded.is_split({"a": target})
+
+
+@pytest.fixture
+def one_process():
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+class Timed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers, self.seen = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)]), []
+
+    def forward(self, time: torch.Tensor) -> torch.Tensor:
+        x = self.layers[0](time.sin()[:, None].expand(-1, 4))
+        self.seen.append((time, x.dtype))
+        return self.layers[1](x)
+
+
+@pytest.mark.parametrize(("precision", "inner"), [("no", torch.float32), ("bf16", torch.bfloat16)])
+def test_half_precision_does_not_round_what_goes_in(precision: str, inner: torch.dtype, one_process):
+    """accelerate's own policy for FSDP2 makes 997 of it 996, and the loss one of bf16."""
+    fake: Any = SimpleNamespace(
+        is_fsdp2=True, mixed_precision=precision, device=torch.device("cpu"), parallelism_config=None,
+        torch_device_mesh=None,
+        state=SimpleNamespace(fsdp_plugin=SimpleNamespace(reshard_after_forward=True, cpu_offload=None)),
+    )  # fmt: skip
+    module = Timed()
+    assert processes.prepare(fake, module) is module and isinstance(module, FSDPModule)
+    out = module(torch.tensor([997.0, 3.0]))
+    ((time, dtype),) = module.seen
+    assert time.tolist() == [997, 3] and dtype == inner and out.dtype == torch.float32
+    out.sum().backward()
+    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in module.parameters())
+
+
+def test_a_shared_out_module_is_whole_for_a_while(one_process):
+    """Plain, with the weights of that moment, and shared out again afterwards with its own."""
+    module = Timed()
+    plain = {k: v.clone() for k, v in module.state_dict().items()}
+    processes.share_out(module, mesh=torch.distributed.init_device_mesh("cpu", (1,)))
+    x = torch.tensor([1.0, 2.0])
+    expected = module(x).detach()
+    deep = module.layers[0]
+    module.eval()
+    with sharded.whole(module, torch.device("cpu"), here=False):
+        assert isinstance(module, FSDPModule)
+    with sharded.whole(module, torch.device("cpu"), here=True):
+        assert type(module) is Timed and type(deep) is nn.Linear and deep is module.layers[0] and not module.training
+        assert not sharded.is_split(module.state_dict()) and not module._forward_pre_hooks
+        assert all(v.equal(plain[k]) for k, v in module.state_dict().items())
+        assert module(x).equal(expected)
+    assert isinstance(module, FSDPModule) and isinstance(deep, FSDPModule)
+    assert sharded.is_split(dict(module.named_parameters())) and module(x).equal(expected)
+
+
+@pytest.mark.parametrize("task", ["clip", "autoencoder"])
+def test_tasks_that_cannot_be_shared_out_say_so(task: str):
+    with pytest.raises(ConfigError, match=rf"task {task}: not with FSDP2, .*eight_gpus\.yaml"):
+        processes.check_whole(SimpleNamespace(is_fsdp2=True), task)
 
 
 def test_layers_of_the_innermost_lists_are_units(monkeypatch):

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import pickle
+import tempfile
 from collections import Counter
 from itertools import islice
 from pathlib import Path
 
+import huggingface_hub
+import numpy as np
 import pytest
 import torch
+from fsspec.implementations.dirfs import DirFileSystem
 from torch.utils.data import DataLoader
 
 from tests.datasets_made import encoded, flat, parquet, tar
@@ -202,6 +207,12 @@ def test_a_subset_is_evenly_spread(rows: int, share: float):
     chosen = subset(rows, share)
     assert len(chosen) == int(rows * share + 1e-9) and len(set(chosen)) == len(chosen)
     assert all(0 <= x < rows for x in chosen)
+    shown = np.zeros(rows, int)
+    for epoch in range(1000):
+        chosen = subset(rows, share, epoch)
+        assert abs(len(chosen) - rows * share) < 1
+        shown[chosen] += 1
+    assert (abs(shown - 1000 * share) < 1).all()
 
 
 @pytest.mark.parametrize("buckets", [False, True])
@@ -261,17 +272,80 @@ def test_a_folder_of_pictures_is_no_stream(tmp_path: Path):
         stream(tmp_path)
 
 
-def test_the_hubs_parquet_files(place: Path, monkeypatch: pytest.MonkeyPatch):
-    """Its file system is stood in for by a folder."""
-    import huggingface_hub
-    from fsspec.implementations.dirfs import DirFileSystem
-
-    root = place / "hub" / "datasets" / "some" / "thing" / "data"
+@pytest.mark.parametrize("kind", ["parquet", "tar"])
+def test_the_hubs_files(place: Path, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Its file system is stood in for by a folder. Of a tar a copy lies on the disk for as long as it is read."""
+    root, temporary = tmp_path / "hub" / "datasets" / "some" / "thing" / "data", tmp_path / "temporary"
     root.mkdir(parents=True)
-    for file in (place / "parquet").glob("*.parquet"):
+    temporary.mkdir()
+    for file in (place / kind).glob(f"*.{kind}"):
         (root / file.name).write_bytes(file.read_bytes())
-    monkeypatch.setattr(huggingface_hub, "HfFileSystem", lambda: DirFileSystem(str(place / "hub")))
+    monkeypatch.setattr(huggingface_hub, "HfFileSystem", lambda: DirFileSystem(str(tmp_path / "hub")))
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
     data = Data(path="hub:some/thing", streaming=True, resolution=16, bucket_step=4)
-    assert same(list(islice(RowStream(data, seed=3, batch=4), 6)), list(islice(stream(place / "parquet"), 6)))
-    with pytest.raises(DataError, match="no parquet files"):
+    for buckets in (True, False):
+        both = (stream(place / kind, buckets=buckets), RowStream(data, seed=3, batch=4, buckets=buckets))
+        found = [list(islice(x, 24)) for x in both]
+        assert same(*found)
+        gc.collect()
+        assert list(temporary.iterdir()) == []
+    own = RowStream(data, seed=3, batch=4)
+    list(islice(own, 5))
+    rest = RowStream(data, seed=3, batch=4)
+    rest.load_state_dict(json.loads(json.dumps(own.state_dict())))
+    assert same(list(islice(rest, 6)), list(islice(stream(place / kind), 11))[5:])
+    held = open_rows(data, split="test")
+    assert held.captions[0] == "a" and "hf://datasets/some/thing/data/test-0" in held.name(0)
+    assert pickle.loads(pickle.dumps(held)).pictures([0]).equal(held.pictures([0]))
+    with pytest.raises(DataError, match="no parquet files and no tars"):
         RowStream(data.model_copy(update={"path": "hub:no/thing"}), seed=3, batch=4)
+
+
+def test_a_damaged_tar_of_the_hub_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    root = tmp_path / "datasets" / "some" / "thing"
+    root.mkdir(parents=True)
+    for name in ("train-0.tar", "test-0.tar"):
+        (root / name).write_bytes(b"no tar at all" * 100)
+    monkeypatch.setattr(huggingface_hub, "HfFileSystem", lambda: DirFileSystem(str(tmp_path)))
+    data = Data(path="hub:some/thing", streaming=True, resolution=16, bucket_step=4)
+    with pytest.raises(DataError, match=r"^hf://datasets/some/thing/train-0\.tar: is no tar file"):
+        next(iter(RowStream(data, seed=3, batch=4)))
+    (root / "train-0.tar").unlink()
+    (root / "test-0.tar").rename(root / "train-0.tar")
+    whole = DirFileSystem(str(tmp_path))
+    monkeypatch.setattr(whole, "get_file", lambda *_: (_ for _ in ()).throw(OSError("timed out")))
+    monkeypatch.setattr(huggingface_hub, "HfFileSystem", lambda: whole)
+    (root / "test-0.tar").write_bytes(b"")
+    with pytest.raises(DataError, match="could not be had from the hub: timed out"):
+        next(iter(RowStream(data, seed=3, batch=4)))
+
+
+def test_a_part_that_the_hub_converted_is_told_of(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    root = tmp_path / "datasets" / "some" / "thing@refs" / "convert" / "parquet" / "default"
+    for split in ("train", "test"):
+        (root / f"partial-{split}").mkdir(parents=True)
+        file = place / "parquet" / f"{split}-0.parquet"
+        (root / f"partial-{split}" / "0000.parquet").write_bytes(file.read_bytes())
+    monkeypatch.setattr(huggingface_hub, "HfFileSystem", lambda: DirFileSystem(str(tmp_path)))
+    data = Data(path="hub:some/thing", streaming=True, resolution=16, bucket_step=4)
+    next(iter(RowStream(data, seed=3, batch=4)))
+    assert "hub:some/thing: the hub has converted its first part alone to parquet" in caplog.text
+
+
+def test_a_share_of_a_source_is_another_one_each_epoch(tmp_path: Path):
+    """Over the epochs each row is shown as often as the share says, and a stream that goes on knows its epoch."""
+    rows = numbered(10, 0)
+    parquet(tmp_path / "train.parquet", {"image": [x for _, x in rows], "text": [f"number {n}" for n, _ in rows]})
+    parquet(tmp_path / "test.parquet", {"image": [rows[0][1]], "text": ["a"]})
+    data = Data(sources=(Source(path=str(tmp_path), repeats=0.4),), streaming=True, resolution=16, buckets=False)
+    whole = list(islice(RowStream(data, seed=3, batch=2), 20))  # ten epochs of four rows
+    epochs = [sorted(n for batch in whole[i : i + 2] for n in numbers(batch)) for i in range(0, 20, 2)]
+    assert all(len(set(rows)) == 4 for rows in epochs) and len(set(map(tuple, epochs))) == 5
+    assert set(Counter(n for rows in epochs for n in rows).values()) == {4}
+    first = RowStream(data, seed=3, batch=2)
+    list(islice(first, 7))
+    rest = RowStream(data, seed=3, batch=2)
+    rest.load_state_dict(json.loads(json.dumps(first.state_dict())))
+    assert same(list(islice(rest, 13)), whole[7:])

@@ -12,7 +12,7 @@ import torch
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
 from ldm.cond import Cond
-from ldm.models.unet import LORA_TARGETS, UNet
+from ldm.models.unet import UNet
 from tests.twins import assert_close, assert_same_gradients, assert_shared, gradients
 
 TEXT_DOWN, TEXT_UP, DOWN, UP = "CrossAttnDownBlock2D", "CrossAttnUpBlock2D", "DownBlock2D", "UpBlock2D"
@@ -258,24 +258,6 @@ def test_inputs_that_do_not_fit_are_refused():
         xl(x, time, replace(cond, size_ids=cond.size_ids[:, :5]))
     with pytest.raises(ValueError, match=r"pooled.*\(2, 12\)"):
         xl(x, time, replace(cond, pooled=cond.pooled[:, :5]))
-
-
-@pytest.mark.parametrize("name", ["sd15", "sd21"])
-def test_lora_targets_name_layers(name):
-    net = UNet(**CONFIGS[name])
-    kinds = {n: type(m) for n, m in net.named_modules() if isinstance(m, torch.nn.Linear | torch.nn.Conv2d)}
-    wrapped = {
-        preset: {n for n in kinds if any(n == t or n.endswith("." + t) for t in targets)}
-        for preset, targets in LORA_TARGETS.items()
-    }
-    for preset, targets in LORA_TARGETS.items():
-        assert all(any(n.endswith("." + t) for n in wrapped[preset]) for t in targets)
-    assert wrapped["attention"] < wrapped["attention+ff"] < wrapped["conv"]
-    assert all(issubclass(kinds[n], torch.nn.Linear) for n in wrapped["attention+ff"])
-    convolutions = {
-        n for n in kinds if "." in n and issubclass(kinds[n], torch.nn.Conv2d)
-    }  # all but conv_in and conv_out
-    assert convolutions <= wrapped["conv"]
 
 
 def test_a_saved_folder_opens_in_both(tmp_path):

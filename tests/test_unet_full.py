@@ -321,7 +321,7 @@ def test_linear_leaves_transforms_autocast_and_counters_to_torch(onednn):
 @pytest.mark.parametrize(("batch", "width"), [(2, 200), (1, 100), (1, 6), (2, 6)])  # one product, or a convolution
 def test_a_small_map_is_convolved_as_by_torch(onednn, batch, width, stride):
     torch.manual_seed(0)
-    layer, x = linear.Conv3x3(4, width, stride), torch.randn(batch, 4, 3, 4)
+    layer, x = linear.Conv3x3(4, width, stride=stride), torch.randn(batch, 4, 3, 4)
     expected = F.conv2d(x, layer.weight, layer.bias, stride, 1)
     for out in (torch.no_grad()(layer)(x), layer(x)):
         assert out.shape == expected.shape and out.is_contiguous()

@@ -133,11 +133,3 @@ def train(net: nn.Module, loss: Callable[[], Tensor], steps: int = 12) -> list[f
         optimizer.step()
         losses.append(value.item())
     return losses
-
-
-def assert_targets(model: nn.Module, targets: tuple[str, ...], inside: tuple[str, ...]) -> None:
-    """The names of ``targets`` hit all linear layers under ``inside``, and no other."""
-    linears = {n for n, m in model.named_modules() if isinstance(m, nn.Linear)}
-    hit = {n for n in linears if n.endswith(tuple(f".{t}" for t in targets))}
-    assert hit == {n for n in linears if any(f".{part}." in n for part in inside)}
-    assert all(any(n.endswith(f".{t}") for n in hit) for t in targets)

@@ -79,14 +79,12 @@ def opened(config: AdaptConfig, base: Base, device: torch.device, mixed: str) ->
     """The base's denoiser on ``device``, in float32 where its own weights train; see ``learning``."""
     frozen = config.lora is not None or not config.train_denoiser
     net = base.open_net(frozen_dtype(config, device, mixed) if frozen else torch.float32)
-    return learning(config, tuned(net, config.train), base.channels).to(device)
+    return learning(config, tuned(net, config.train)).to(device)
 
 
-def learning(config: AdaptConfig, net: Network, channels: int) -> Network:
+def learning(config: AdaptConfig, net: Network) -> Network:
     """The network with what the config lets train of it, and nothing else, requiring gradients.
 
-    Args:
-        channels: of the latents.
     Raises:
         ConfigError: a LoRA does not fit the network, or its targets match nothing.
     """
@@ -96,11 +94,9 @@ def learning(config: AdaptConfig, net: Network, channels: int) -> Network:
     if not config.train_denoiser:
         return net.requires_grad_(False)
     if config.conditioning:
-        from ldm.models.grow import grow_input
+        from .conditioning import grown
 
-        from .conditioning import conditioner
-
-        grow_input(net, channels + conditioner(config.conditioning).channels(channels))
+        grown(config.conditioning, net)
     if config.lora is None:
         return net.requires_grad_(True)
     net.requires_grad_(False)
@@ -183,7 +179,7 @@ def component_of(net: Network) -> str:
 
 
 def _read(source: str) -> dict[str, Any]:
-    from pipelines.lora_files import read_lora
+    from pipelines.lora_read import read_lora
 
     return read_lora(source).components
 
@@ -209,10 +205,10 @@ def write_adapter(config: AdaptConfig, folder: Path, net: Network, text: TextEnc
     Args:
         text: where the text encoders train.
     """
-    from pipelines.textual_inversion import save_embeddings
-
     from pipelines.lora import lora_of
-    from pipelines.lora_files import LoraFile, write_lora
+    from pipelines.lora_layer import LoraFile
+    from pipelines.lora_write import write_lora
+    from pipelines.textual_inversion import save_embeddings
 
     folder.mkdir(parents=True, exist_ok=True)
     if config.lora is not None:
@@ -220,7 +216,7 @@ def write_adapter(config: AdaptConfig, folder: Path, net: Network, text: TextEnc
         if text is not None and config.train_text_encoder:
             components |= {name: lora_of(tower, NAME) for name, (_, tower) in text.towers().items() if has_lora(tower)}
         form = "peft" if base.family == "pixart" else "diffusers"  # PixArt's pipelines have no loader of LoRAs
-        write_lora(folder, LoraFile(components, {}), form)
+        write_lora(folder, LoraFile(components, {}), form, base=base.family, overwrite=True)
     if config.new_tokens and text is not None:
         save_embeddings(folder / "learned_embeds.safetensors", text)
 

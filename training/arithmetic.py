@@ -42,7 +42,8 @@ def parameters(net: nn.Module) -> tuple[int, int]:
 
 
 def training_flops(build: Callable[[], nn.Module], forward: Forward) -> int:
-    """FLOPs of one image's training step, counted as everybody counts them: three forward passes.
+    """FLOPs of one image's training step, counted as everybody counts them: three forward passes. What is frozen needs
+    no gradient of its weights, which is one of the three.
 
     A multiplication with its addition is two. Blocks that gradient checkpointing computes again do not count: it is
     the model's work that a utilisation is a share of (Chowdhery et al. 2022, appendix B).
@@ -53,7 +54,8 @@ def training_flops(build: Callable[[], nn.Module], forward: Forward) -> int:
         net = build()
     with torch.no_grad(), torch.device("meta"), FlopCounterMode(display=False) as counter:
         forward(net, 1)
-    return 3 * counter.get_total_flops()
+    trained, frozen = parameters(net)
+    return round((2 + trained / (trained + frozen)) * counter.get_total_flops())
 
 
 def training_memory(
@@ -64,6 +66,7 @@ def training_memory(
     averaged: bool,
     autocast: torch.dtype | None = None,
     state_bytes: float = 8.0,
+    frozen_bytes: float = 4.0,
 ) -> Memory:
     """Of a training step, from one that runs on tensors without data, however large the network.
 
@@ -72,6 +75,7 @@ def training_memory(
         averaged: a moving average is kept.
         autocast: precision of the forward pass where it is not the weights' own.
         state_bytes: of the optimizer for each trained weight; AdamW's two moments in float32 if not given.
+        frozen_bytes: of each weight that does not train.
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -80,8 +84,8 @@ def training_memory(
         held = _Held(net)
         with held, torch.autocast("cpu", autocast or torch.bfloat16, enabled=autocast is not None):
             forward(net, batch).float().square().mean().backward()
-    trained, _ = parameters(net)
-    weights = sum(p.nbytes for p in net.parameters()) + sum(b.nbytes for b in net.buffers())
+    trained, frozen = parameters(net)
+    weights = int(4 * trained + frozen_bytes * frozen) + sum(b.nbytes for b in net.buffers())
     gradients, activations = held.gradients_at_peak, held.peak - held.gradients_at_peak
     # The gradients of the whole network and the most activations are not in use at one moment; what is, is the peak.
     every = 4 * trained  # float32; all gradients are there when the optimizer steps, and no activation is
@@ -98,7 +102,7 @@ class _Held(TorchDispatchMode):
         self.now = self.peak = self.gradients = self.gradients_at_peak = 0
         own = (*net.parameters(), *net.buffers())
         self.known = {x.untyped_storage()._cdata for x in own}
-        for p in net.parameters():
+        for p in (p for p in net.parameters() if p.requires_grad):
             p.register_post_accumulate_grad_hook(self._learned)
 
     def _learned(self, p: Tensor) -> None:

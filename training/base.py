@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from ldm.models.base import Network
     from ldm.models.text import TextEncoder
     from ldm.models.vae import VAE
+    from pipelines.core import Parts
     from pipelines.schedulers import Schedule
     from pipelines.stock import Form
 
@@ -75,6 +77,14 @@ class Base:
 
         return self._opened(VAE, "vae", dtype)
 
+    def opened(self, dtype: torch.dtype, device: torch.device) -> Parts:
+        """All parts as they are, frozen: to draw with."""
+        from pipelines.core import Parts
+
+        made = self.open_net(dtype), self.open_vae(torch.float32), self.open_text(dtype)
+        net, vae, text = (part.to(device).eval().requires_grad_(False) for part in made)
+        return Parts(net, vae, text, self.schedule)  # type: ignore[arg-type]
+
     def _opened(self, kind: Any, name: str, dtype: torch.dtype) -> Any:
         from ldm.models.text_files import which_variant
 
@@ -86,8 +96,7 @@ class Base:
         from ldm.models.text_files import quiet_transformers
         from pipelines.stock import text_settings
 
-        with torch.device("meta"):
-            settings = text_settings(self.form, self.blank(), self.index)
+        settings = text_settings(self.form, self.bare, self.index)
         with quiet_transformers():
             return TextEncoder.from_pretrained(self.folder, self.family, dtype=dtype, variant=self.variant, **settings)
 
@@ -96,6 +105,12 @@ class Base:
         from ldm.models.loading import check_config
 
         return self.form.net(**check_config(self.form.net, self.net))
+
+    @cached_property
+    def bare(self) -> Network:
+        """The denoiser on the meta device, for its sizes and names."""
+        with torch.device("meta"):
+            return self.blank()
 
     def sizes(self) -> Sizes:
         """Of what the denoiser is told, from the configs alone."""
@@ -164,6 +179,14 @@ def frozen_dtype(config: AdaptConfig, device: torch.device, mixed: str) -> torch
     if asked != "fp32" and mixed == "no":
         raise ConfigError(f"base_dtype {asked}: needs train.mixed_precision bf16 or fp16, here it is no")
     return DTYPES[asked]
+
+
+def frozen_bytes(config: AdaptConfig, device: torch.device, mixed: str) -> float:
+    """Of each weight that does not train; of a quantized base about, since some layers are left as they are."""
+    quantized = {"nf4": 0.52, "int8": 1.0}
+    if config.lora is not None and config.lora.quantization:
+        return quantized[config.lora.quantization]
+    return frozen_dtype(config, device, mixed).itemsize
 
 
 # --- where -----------------------------------------------------------------------------------------------------------
@@ -258,6 +281,9 @@ def _agreed(config: AdaptConfig, base: Base) -> Schedule:
 
 
 def _check(config: AdaptConfig, base: Base) -> None:
+    from .conditioning import check_conditioning
+
+    check_conditioning(config, base)
     size, step = config.data.resolution, base.step
     if size % step:
         near = max(1, round(size / step)) * step

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -24,6 +24,7 @@ class Stream:
     """One stream of random numbers for each purpose: (seed, stream, image index) decides every draw."""
 
     NOISE, TIME, POSTERIOR, CAPTION, FLIP, CROP, VARIANT, TAGS = range(8)
+    OFFSET, PERTURBATION, MASK, SHOWN, LEVEL = range(8, 13)
 
 
 class Pictures(Protocol):
@@ -176,7 +177,9 @@ class LatentBatches(Dataset):
 
     A batch has ``moments`` (B, 2C, h, w) of the raw latents, means and log variances, or ``pictures`` (B, 3, H, W) in
     [-1, 1]; ``tokens`` (B, L, D) with ``pooled`` (B, P) and ``bias`` (B, L) where there are such, or ``captions``, a
-    list of text; ``size_ids`` (B, 6) if asked for; ``mask`` (B, 1, h, w) where the rows have masks.
+    list of text; ``size_ids`` (B, 6) if asked for; ``mask`` (B, 1, h, w) where the rows have masks; ``loss_weight``
+    (B,) where the rows count differently. What a network is shown beside the latents is made of ``pictures``, of
+    ``hint`` (B, 3, H, W) in [-1, 1] and of ``pixel_mask`` (B, 1, H, W) in [0, 1], where they are asked for.
 
     Args:
         rows: whose shapes differ between buckets only; a batch is of one bucket.
@@ -186,6 +189,9 @@ class LatentBatches(Dataset):
             Salimans 2022, alg. 1). Captions that the task encodes are dropped there, by ``dropped``.
         flip: mirror half of the pictures.
         sizes: tell SDXL's size conditions.
+        pictures: give them even where the latents are cached.
+        hints: the rows' second pictures, uint8 (B, 3, H, W).
+        pixel_masks: give the rows' masks as they are; then they are no ``mask`` of the loss.
     """
 
     def __init__(
@@ -200,6 +206,9 @@ class LatentBatches(Dataset):
         dropout: float = 0.0,
         flip: bool = False,
         sizes: bool = False,
+        pictures: bool = False,
+        hints: Callable[[Sequence[int]], Tensor] | None = None,
+        pixel_masks: bool = False,
     ):
         self.rows, self.seed, self.factor, self.dropout, self.flip, self.sizes = (
             rows,
@@ -210,7 +219,9 @@ class LatentBatches(Dataset):
             sizes,
         )
         self.latents, self.texts, self.masks = latents, texts, masks
+        self.pictures, self.hints, self.pixel_masks = pictures or latents is None, hints, pixel_masks
         self.masked = masks is not None or (latents is None and rows.masks([0]) is not None)
+        self.loss_weights = getattr(rows, "loss_weights", None)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -225,9 +236,11 @@ class LatentBatches(Dataset):
         u_flip, u_caption, u_variant = uniforms(self.seed, index.numpy(), Stream.FLIP, Stream.CAPTION, Stream.VARIANT)
         mirrored = (u_flip < 0.5) & self.flip  # (B,)
         batch: dict[str, Any] = {"index": index, "row": row}
-        if self.latents is None:
+        if self.pictures:
             batch["pictures"] = to_unit(_mirror(self.rows.pictures(at.tolist()), mirrored))
-        else:
+        if self.hints is not None:
+            batch["hint"] = to_unit(_mirror(self.hints(at.tolist()), mirrored))
+        if self.latents is not None:
             batch["moments"] = self.latents(at, mirrored.astype(np.int64) if self.flip else 0)
         if self.texts is None:
             texts = [self.rows.texts[i] for i in at.tolist()]
@@ -235,11 +248,15 @@ class LatentBatches(Dataset):
         else:
             variant = _one_of(u_variant, self.texts.starts[at + 1] - self.texts.starts[at])
             batch |= self.texts(at, variant, u_caption < self.dropout if self.dropout else None)
-        if self.masked:
+        if self.pixel_masks:
+            batch["pixel_mask"] = _mirror(_given(self.rows.masks(at.tolist())), mirrored)
+        elif self.masked:
             mask = self.masks(at) if self.masks else latent_masks(self.rows, at.tolist(), self.factor)
             batch["mask"] = _mirror(mask, mirrored)
         if self.sizes:
             batch["size_ids"] = self.rows.size_ids(at.tolist())
+        if self.loss_weights is not None and (counts := self.loss_weights(at.tolist())) is not None:
+            batch["loss_weight"] = counts
         return batch
 
 
@@ -258,10 +275,13 @@ def dropped(seed: int, index: Tensor, share: float) -> Tensor:
 
 def latent_masks(rows: Captioned, indices: Sequence[int], factor: int) -> Tensor:
     """The rows' masks (B, 1, h, w): each latent's is the mean over its pixels."""
-    masks = rows.masks(indices)
+    return F.avg_pool2d(_given(rows.masks(indices)).float(), factor)
+
+
+def _given(masks: Tensor | None) -> Tensor:
     if masks is None:
         raise ValueError("masks: some rows have them, others not")
-    return F.avg_pool2d(masks.float(), factor)
+    return masks
 
 
 def _one_of(u: np.ndarray, counts: np.ndarray) -> np.ndarray:

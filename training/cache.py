@@ -21,11 +21,12 @@ from rich.progress import track
 from ldm.cond import Cond
 
 from .batches import CachedRows, CachedTexts, Captioned, latent_masks, to_unit
+from .cache_keys import Words, mask_keys, picture_keys, words_of
 from .captions import check_lengths
 from .encoders import About, Encoders, pieces
 from .fit import ConfigError
-from .schema import DiffusionConfig
-from .store import KEY, Store, as_stored
+from .schema import AdaptConfig, DiffusionConfig, LatentRun
+from .store import Store, as_stored
 from .tables import DataError
 
 log = logging.getLogger(__name__)
@@ -37,7 +38,6 @@ BYTES = 2**26  # or so many
 BATCH = 32  # pictures or captions through an encoder at once
 PIXELS = 2**21  # or so many
 LAYOUT = 1  # of what is stored; another one is another folder
-NULL = hashlib.blake2b(b"", digest_size=16, person=b"null prompt").digest()
 
 
 @dataclass(frozen=True)
@@ -81,11 +81,13 @@ class Caches:
     masks: CachedRows | None
 
 
-def root_of(config: DiffusionConfig) -> Path:
+def root_of(config: LatentRun) -> Path:
     return Path(config.cache.dir or Path(config.output_dir) / "cache")
 
 
-def make_cache(config: DiffusionConfig, train: Any, held_out: Any, accelerator: Accelerator) -> dict[str, int]:
+def make_cache(
+    config: DiffusionConfig | AdaptConfig, train: Any, held_out: Any, accelerator: Accelerator
+) -> dict[str, int]:
     """``ldm cache``: encode what is missing, by all processes together, and train nothing.
 
     Returns:
@@ -96,7 +98,7 @@ def make_cache(config: DiffusionConfig, train: Any, held_out: Any, accelerator: 
         DataError: a picture no longer decodes, a caption is longer than allowed, or a number does not fit into the
             precision asked for.
     """
-    encoders, together = Encoders(config, accelerator.device), Together.of(accelerator)
+    encoders, together = Encoders(config, accelerator.device, accelerator.mixed_precision), Together.of(accelerator)
     about = together.told(encoders.about)
     splits = [(train, config.data.random_flip), (held_out, False)]
     _, counts = open_caches(config, splits, encoders, about, together)
@@ -105,7 +107,7 @@ def make_cache(config: DiffusionConfig, train: Any, held_out: Any, accelerator: 
 
 
 def open_caches(
-    config: DiffusionConfig,
+    config: LatentRun,
     splits: Sequence[tuple[Captioned, bool]],
     encoders: Encoders,
     about: About,
@@ -136,7 +138,7 @@ def open_caches(
             counts["pictures_made"] += made
             counts["pictures_taken_up"] += len(np.unique(plan.pictures)) - made
             if rows.masks([0]) is not None:
-                plan.masks = mask_keys(rows)
+                plan.masks = together.told(partial(mask_keys, rows))  # each is decoded
                 _fill_masks(masks, rows, plan.masks, about.factor, together)
         if how.text:
             find = partial(words_of, rows, encoders, policy)
@@ -179,64 +181,9 @@ class _Plan:
         return Caches(latents, captions, regions)
 
 
-# --- keys ------------------------------------------------------------------------------------------------------------
-
-
-def picture_keys(rows: Captioned, flip: bool) -> np.ndarray:
-    """(N,), or with ``flip`` (2 N,): each picture and then its mirror image, whose last bit is the other one."""
-    keys = np.frombuffer(b"".join(rows.digest(i) for i in range(len(rows))), KEY)
-    if not flip:
-        return keys
-    both = keys.repeat(2).view(np.uint8).reshape(-1, 2, 16)
-    both[:, 1, 15] ^= 1
-    return both.reshape(-1).view(KEY)
-
-
-@dataclass(frozen=True)
-class Words:
-    """All that is read of the rows' captions.
-
-    keys: (1 + P,): the null prompt, then every caption, or each of its pieces. starts: (N + 1,) where each row's
-    captions begin among all M. parts: (M + 1,) where each caption's pieces begin among the P; None where each is one.
-    """
-
-    keys: np.ndarray
-    starts: np.ndarray
-    parts: np.ndarray | None = None
-
-    def caption(self, position: int) -> tuple[int, int, int]:
-        """Row, caption of it and piece of that, of a position in ``keys``."""
-        place = position - 1
-        at = place if self.parts is None else int(np.searchsorted(self.parts, place, side="right")) - 1
-        row = int(np.searchsorted(self.starts, at, side="right")) - 1
-        return row, at - int(self.starts[row]), 0 if self.parts is None else place - int(self.parts[at])
-
-
-def words_of(rows: Captioned, encoders: Encoders, policy: str) -> Words:
-    """Every caption, or with the policy ``chunk`` its pieces."""
-    found, starts, parts = bytearray(NULL), np.zeros(len(rows) + 1, np.int64), [0]
-    for i, texts in enumerate(rows.texts):
-        starts[i + 1] = starts[i] + len(texts)
-        read = pieces(encoders.text, texts, policy) if policy == "chunk" else [[x] for x in texts]
-        for one in read:
-            for x in one:
-                found += hashlib.blake2b(x.encode("utf-8", "surrogatepass"), digest_size=16).digest()
-            if policy == "chunk":
-                parts.append(parts[-1] + len(one))
-    return Words(np.frombuffer(bytes(found), KEY), starts, np.array(parts) if policy == "chunk" else None)
-
-
 def _refuse_long(rows: Captioned, encoders: Encoders) -> None:
     every = (x for texts in rows.texts for x in texts)
     check_lengths(every, encoders.text.count_tokens, encoders.text.max_length, "refuse")
-
-
-def mask_keys(rows: Captioned) -> np.ndarray:
-    """(N,): of the data set and the row's number, since a mask has no digest of its own."""
-    keys = np.empty((len(rows), 2), ">u8")
-    keys[:, 0] = int.from_bytes(hashlib.blake2b(rows.fingerprint.encode(), digest_size=8).digest(), "big")
-    keys[:, 1] = np.arange(len(rows))
-    return keys.reshape(-1).view(KEY)
 
 
 def _name(*what: Any) -> str:

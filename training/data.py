@@ -75,6 +75,7 @@ class Rows(Dataset):
         self._digests, self._decoded = digests, decoded
         self._fingerprint: str | None = None
         self._verified, self.broken = verified, set[int]()
+        self._loss_weights = np.array([t.loss_weight for t in tables], np.float32)
         self.texts: Sequence[tuple[str, ...]] = Lazy(len(row), self._texts)
         self.captions: Sequence[str] = Lazy(len(row), self._first_texts)
 
@@ -165,6 +166,12 @@ class Rows(Dataset):
         ids = bucketing.size_ids(heights, widths, self.shape(indices), self.center_crop)
         return torch.from_numpy(ids)
 
+    def loss_weights(self, indices: Sequence[int]) -> Tensor | None:
+        """float32 (B,): what each row counts in the loss, by its source. None: all rows of the data set count 1."""
+        if (self._loss_weights == 1).all():
+            return None
+        return torch.from_numpy(self._loss_weights[self._table[np.asarray(indices)]])
+
     def digest(self, index: int) -> bytes:
         """16 bytes that change with the picture's content and with how it is cut."""
         height, width = self.shapes[self.bucket[index]]
@@ -176,10 +183,12 @@ class Rows(Dataset):
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 over what the rows hold: the pictures, how they are cut, and all their captions."""
+        """SHA-256 over what the rows hold: the pictures, how they are cut, what they count, and all their captions."""
         if self._fingerprint is None:
             total = hashlib.sha256(f"{self.shapes} {self.center_crop}".encode())
             total.update(self._digests.tobytes() + self.bucket.tobytes())
+            if (weights := self.loss_weights(range(len(self)))) is not None:
+                total.update(weights.numpy().tobytes())
             for texts in self.texts:
                 total.update(digest_of("\0".join(texts).encode("utf-8", "surrogatepass")))
             self._fingerprint = total.hexdigest()
@@ -358,5 +367,6 @@ def _check_skipped(skipped: list[Skipped], total: int, limit: float, where: str)
     named = "; ".join(f"{x.name}: {x.reason}" for x in skipped[:5]) + ("; …" if len(skipped) > 5 else "")
     message = f"{where}: {len(skipped)} of {total} rows are of no use: {named}"
     if len(skipped) == total or len(skipped) > limit * total:
-        raise DataError(f"{message}. At most {limit:.1%} may be skipped; mend or remove them (nothing was deleted)")
+        allowed = f"At most {limit:.1%} may be skipped (data.max_skipped)"
+        raise DataError(f"{message}. {allowed}; mend or remove them (nothing was deleted)")
     log.warning("%s. They are skipped", message)

@@ -89,8 +89,6 @@ def _adapting(config: AdaptConfig) -> str | None:
         return "conditioning trains the whole denoiser, whose first layer grows: leave lora out"
     if config.conditioning and not config.train_denoiser:
         return "conditioning needs train_denoiser: the denoiser's first layer grows"
-    if config.conditioning and config.cache.latents:
-        return "cache.latents: conditioning is drawn from the pictures at each step; leave the key out"
     if config.base_config and not config.base.endswith((".safetensors", ".ckpt")):
         return "base_config is of a single file; a folder has configs of its own"
     if config.reads_prompts and config.cache.text:

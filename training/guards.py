@@ -8,11 +8,11 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import gather_object
 from torch import Tensor
 
@@ -168,6 +168,28 @@ class StopSignals:
         finally:
             for number, handler in old.items():
                 signal.signal(number, handler)
+
+
+class Stages:
+    """The runs of one command. A request to stop that comes in the last step of one is no interruption of it: it is
+    made to the end and exported; but the next one is not begun."""
+
+    asked: ClassVar[str | None] = None  # the run in whose last step it came; the same in all processes
+
+    def __init__(self) -> None:
+        Stages.asked = None
+
+    def begin(self, run: str) -> None:
+        """Raises Interrupted, and says how to go on, where one is not to begin."""
+        if Stages.asked is None:
+            return
+        if PartialState().is_main_process:
+            log.warning(
+                "%s is done, and %s was not begun: a signal asked to stop; the same command goes on with it",
+                Stages.asked,
+                run,
+            )
+        raise Interrupted(75)
 
 
 def bear_one_signal(_worker: int) -> None:

@@ -112,8 +112,14 @@ def look_at(data: Data, split: Split, shapes: list[Shape], in_memory: int = IN_M
     return Looked(shapes, [x[0] for x in chosen], [x[1] for x in chosen], found, total, verify)
 
 
+def counts(data: Data, split: Split) -> list[int]:
+    """Rows of each place in a split, whether they are of use or not. Raises DataError as ``look_at`` does."""
+    return [len(_rows_of(place, data, split, IN_MEMORY)[1]) for place in data.places]
+
+
 def _rows_of(place: Source, data: Data, split: Split, in_memory: int) -> tuple[Table, np.ndarray]:
     table, rows, alone = open_split(place, data, split, in_memory)
+    table.caption_of_all, table.loss_weight = place.instance_prompt, place.loss_weight
     if alone:
         if len(rows) < REMEMBERED or table.key(int(rows[0])) is not None:
             keys = keys_of(table, rows)
@@ -191,7 +197,7 @@ def look(table: Table, rows: np.ndarray, data: Data, shapes: Sequence[Shape], *,
 def caption_texts(table: Table, row: int, data: Data) -> tuple[str, ...]:
     """All captions of a row. Raises ValueError saying what is wrong with them."""
     if table.captions is None:
-        return ("",)
+        return (table.caption_of_all or data.instance_prompt or "",)
     raw = table.caption(row)
     try:
         return variants(raw, data)

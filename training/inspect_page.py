@@ -28,12 +28,15 @@ from .tables import DataError
 SHOWN = 4  # example pictures of a bucket
 NAMED = 50  # rows that are named in a list
 SIDE = 160  # pixels of an example
+LENGTH = 300  # characters of a caption that is shown
 LIMIT = 77  # tokens that CLIP reads
 OF_STREAM = 2000  # rows of a stream that are looked at
 
 OWN_CSS = """
-.cuts { display: flex; flex-wrap: wrap; gap: 1rem } .cuts figure { max-width: 11rem; margin: 0 }
-.cuts img { border-radius: 2px } .bad { color: #c0392b } li { margin: .15rem 0 }
+.cuts { display: flex; flex-wrap: wrap; gap: 1rem } .cuts figure { max-width: 21rem; margin: 0 }
+.cuts img { border-radius: 2px } .bad { color: #c0392b } li { margin: .15rem 0 } table { margin-bottom: 1rem }
+.grid td:not(:first-child) { white-space: nowrap } .grid th { overflow-wrap: normal }
+@media (prefers-color-scheme: dark) { .bad { color: #ff7b72 } }
 """
 
 
@@ -152,17 +155,23 @@ def _left_out(data: Data, seen: Sequence[_Seen]) -> list[str]:
     if not skipped:
         return [*body, "<p>No row.</p>"]
     share = len(skipped) / total
-    over = any(len(one.skipped) > data.max_skipped * one.total or len(one.skipped) == one.total for one in seen)
-    verdict = f"; data.max_skipped is {data.max_skipped:.1%}: a run would be refused" if over else ""
+    over = [x for x in seen if len(x.skipped) > data.max_skipped * x.total or 0 < len(x.skipped) == x.total]
+    told = ", ".join(f"{len(one.skipped):,} of the {one.total:,} in split {one.split}" for one in over)
+    verdict = f": {told}; data.max_skipped is {data.max_skipped:.1%}, a run would be refused" if over else ""
     body.append(f"<p{' class=bad' if over else ''}>{len(skipped):,} of {total:,} rows, {share:.1%}{verdict}.</p>")
     kinds: dict[str, list[Skipped]] = {}
     for x in skipped:
         kinds.setdefault(_kind(x.reason), []).append(x)
     for kind, some in sorted(kinds.items(), key=lambda item: -len(item[1])):
-        items = "".join(f"<li>{html.escape(x.name)}: {html.escape(x.reason)}</li>" for x in some[:NAMED])
+        some = sorted(some, key=lambda x: x.name)
+        items = "".join(f"<li>{html.escape(x.name)}: {html.escape(_reason(x))}</li>" for x in some[:NAMED])
         more = f"<li>… and {len(some) - NAMED:,} more</li>" if len(some) > NAMED else ""
         body.append(f"<details open><summary>{kind}: {len(some):,}</summary><ul>{items}{more}</ul></details>")
     return body
+
+
+def _reason(skipped: Skipped) -> str:
+    return "is not there" if skipped.reason.startswith("[Errno 2]") else skipped.reason
 
 
 def _kind(reason: str) -> str:
@@ -214,11 +223,12 @@ def _captions(config: Config | Data, data: Data, seen: Sequence[_Seen]) -> list[
             "refuse": "a run would be refused" if found.long else "a run would be refused if there were one",
         }[data.long_captions],
     }
-    body = ["<h2>Captions</h2>", _table(told), "<h3>The first</h3>", _listed(islice(texts(), 10))]
+    body = ["<h2>Captions</h2>", _table(told), "<h3>The first</h3>", _listed(map(_short, islice(texts(), 10)))]
     if found.long:
+        shown = _listed(_cut(text, limit, count) for text in found.examples)
         body += [
             f"<h3>Longer than {limit} {unit}: what is behind the bar is over</h3>",
-            _listed(_cut(text, limit, count) for text in found.examples),
+            f"<details><summary>{len(found.examples):,} of {found.long:,}</summary>{shown}</details>",
         ]
     return body
 
@@ -269,14 +279,14 @@ def _example(rows: Rows, index: int, share: float) -> str:
         ImageDraw.Draw(dark).rectangle((left, top, left + kept[0] - 1, top + kept[1] - 1), fill=255)
         whole = Image.composite(whole, Image.new("RGB", whole.size), dark)
     both = [x.resize(_fit(x.size), Image.Resampling.LANCZOS) for x in (whole, cut)]
-    sheet = Image.new("RGB", (both[0].width + both[1].width + 6, max(x.height for x in both)), "white")
+    sheet = Image.new("RGBA", (both[0].width + both[1].width + 6, max(x.height for x in both)))
     sheet.paste(both[0], (0, 0))
     sheet.paste(both[1], (both[0].width + 6, 0))
     file = io.BytesIO()
-    sheet.save(file, "JPEG", quality=85)
+    sheet.save(file, "WEBP", quality=85)  # knows transparency: the page may be dark
     height, width = rows.sizes[index]
     caption = f"{Path(name).name}, {width}×{height}, {share:.1%} cut off: {rows.captions[index][:120]}"
-    return _embed(file.getvalue(), "image/jpeg", name, caption)
+    return _embed(file.getvalue(), "image/webp", name, caption)
 
 
 def _fit(size: tuple[int, int]) -> tuple[int, int]:
@@ -309,14 +319,18 @@ def _tokens(tokenizer: Any, texts: list[str]) -> list[int]:
 
 
 def _cut(text: str, limit: int, count: Any) -> str:
-    """The caption with a bar where it ends for the text encoder."""
+    """The caption with a bar where it ends for the text encoder, as HTML."""
     words = text.split()
     fits = max((n for n in range(len(words) + 1) if count([" ".join(words[:n])])[0] <= limit), default=0)
-    return " ".join(words[:fits]) + " | " + " ".join(words[fits:])
+    return html.escape(" ".join(words[:fits])) + f' | <span class="bad">{_short(" ".join(words[fits:]))}</span>'
 
 
-def _listed(texts: Any) -> str:
-    return f"<ul>{''.join(f'<li>{html.escape(text[:1000])}</li>' for text in texts)}</ul>"
+def _short(text: str) -> str:
+    return html.escape(text if len(text) <= LENGTH else text[:LENGTH] + " …")
+
+
+def _listed(items: Any) -> str:
+    return f"<ul>{''.join(f'<li>{item}</li>' for item in items)}</ul>"
 
 
 def _grid(names: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
@@ -324,4 +338,5 @@ def _grid(names: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     lines = (
         "".join(f"<td>{html.escape(f'{x:,}' if isinstance(x, int) else str(x))}</td>" for x in row) for row in rows
     )
-    return f"<table><tr>{head}</tr>{''.join(f'<tr>{line}</tr>' for line in lines)}</table>"
+    body = "".join(f"<tr>{line}</tr>" for line in lines)
+    return f'<table class="grid"><tr>{head}</tr>{body}</table>'

@@ -1,4 +1,4 @@
-"""What a run tells: ``RUN/log/metrics.jsonl``, the progress bar, and the means between two lines of the log."""
+"""What a run tells: ``RUN/log/metrics.jsonl``, trackers, the progress bar, and means between two lines of the log."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import cast
 
+import numpy as np
 import torch
 from accelerate import Accelerator
+from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
@@ -74,6 +76,17 @@ class Journal:
                 handle.write(json.dumps({"images": images, **values}) + "\n")
             for tracker in self.accelerator.trackers:
                 tracker.log(dict(values), step=images)
+
+    def show(self, images: int, sheet: Path) -> None:
+        """A sheet of samples, to the trackers that take pictures; one that was not drawn is passed over."""
+        if not self.main or not sheet.is_file():
+            return
+        with Image.open(sheet) as file:
+            picture = np.asarray(file.convert("RGB"))[None]  # (1, H, W, 3)
+        for tracker in self.accelerator.trackers:
+            if hasattr(tracker, "log_images"):
+                form = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+                tracker.log_images({"samples": picture}, step=images, **form)
 
     def settle(self) -> None:
         """The lines are on the disk: a checkpoint that follows is never ahead of them."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,14 +19,14 @@ from . import checkpoint, measure, sharded, state
 from .ema import EMA
 from .fit import ConfigError
 from .gradients import OutOfMemory, gradients, parted
-from .guards import Diverged, Interrupted, StopSignals, Watchman
+from .guards import Diverged, Interrupted, Stages, StopSignals, Watchman
 from .journal import Journal, Window
 from .loader import Batch, Feed
 from .optim import Guarded
 from .processes import Pulse, all_or_none, lost_peer
 from .schema import Train
 
-__all__ = ["Batch", "Diverged", "Interrupted", "OutOfMemory", "Player", "Task", "train"]
+__all__ = ["Batch", "Diverged", "Interrupted", "OutOfMemory", "Player", "Task", "train", "whole"]
 
 
 @dataclass
@@ -53,8 +53,26 @@ class Player:
     @contextmanager
     def averaged(self) -> Iterator[None]:
         """Within this context the network bears the weights that samples and exports use."""
-        with self.optimizer.evaluating(), self.ema.swapped():
-            yield
+        try:
+            with self.optimizer.evaluating(), self.ema.swapped():
+                sharded.reshard(self.module)
+                yield
+        finally:
+            sharded.reshard(self.module)
+
+
+@contextmanager
+def whole(players: Sequence[Player], accelerator: Accelerator) -> Iterator[None]:
+    """Within this context the main process can call, sample and export the networks alone. Where their weights are
+    shared out, all processes enter together, and it gets whole ones, with the averages in them; it needs room for them.
+    """
+    with ExitStack() as stack:
+        for player in players:
+            if sharded.is_split(dict(player.module.named_parameters())):
+                with player.averaged():
+                    here = sharded.whole(player.module, accelerator.device, accelerator.is_main_process)
+                    stack.enter_context(here)
+        yield
 
 
 class Task(Protocol):
@@ -96,7 +114,7 @@ def train(
     Returns:
         True if any step was made.
     Raises:
-        Interrupted: SIGTERM, SIGUSR1 or Ctrl-C; the state is saved.
+        Interrupted: SIGTERM, SIGUSR1 or Ctrl-C before the last step; the state is saved.
         Diverged: too many steps in a row without a finite gradient or with a spike; the rows are named.
         OutOfMemory: a step does not fit; what would fit is named.
         CheckpointError: the checkpoint is damaged or belongs to other inputs.
@@ -185,9 +203,11 @@ def train(
                 told_of = {k: v for k, v in measures.items() if "_at_" not in k}
                 journal.say(f"{now.images:,} images: " + ", ".join(f"{k} {v:.4g}" for k, v in told_of.items()))
                 best = _best(measures, config, now)
-            if due(config.sample_every) and main and not split:
+            if due(config.sample_every):
                 pulse.at("drawing samples")
-                task.sample(run / "samples" / f"images_{now.images:09d}.png")
+                with whole(players, accelerator):
+                    if main:
+                        task.sample(run / "samples" / f"images_{now.images:09d}.png")
             if due(config.checkpoint_every) or asked or best:
                 pulse.at("saving")
                 save(best)
@@ -198,6 +218,8 @@ def train(
                     f"(or: ldm train {run}/config.yaml)"
                 )
                 raise Interrupted(75)
+            if asked:
+                Stages.asked = str(run)
     return True
 
 

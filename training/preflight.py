@@ -23,10 +23,11 @@ from torch.utils.data import IterableDataset
 
 from . import measure, processes
 from .arithmetic import Memory, parameters, training_flops, training_memory
+from .base import frozen_bytes
 from .config import relocate
 from .fit import ConfigError
 from .rehearsal import Rehearsal, joining, rehearse
-from .schema import AutoencoderConfig, Config, DiffusionConfig, LatentRun
+from .schema import AdaptConfig, AutoencoderConfig, Config, DiffusionConfig, LatentRun
 from .sizes import Sizes, network_of, sizes
 
 GIB = 2**30
@@ -71,7 +72,9 @@ def report(
         for i, config in enumerate(configs):
             before = [*earlier, *configs[:i]]
             key, began = source_of(config, before), time.perf_counter()
-            opened[key] = opened.get(key) or open_data(config, before)
+            rows = opened.get(key) or open_data(config, before, draw=False)
+            if not _draws(config):  # else there are more rows when the run begins
+                opened[key] = rows
             opening = time.perf_counter() - began
             inner = config
             for j, other in enumerate(configs[:i]):
@@ -79,7 +82,7 @@ def report(
                 inner = inner.model_copy(update={"output_dir": config.output_dir})
             (inner,) = relocate([inner], room / str(i))
             accelerator = _accelerator(config)
-            telling = _Telling(config, before, opened[key], accelerator)
+            telling = _Telling(config, before, rows, accelerator)
             with telling.printed(console or Console(quiet=not accelerator.is_main_process)):
                 missing = [c.output_dir for c, made in zip(configs, found, strict=False) if made is None]
                 missing += [c.output_dir for c in earlier if not (Path(c.output_dir) / "pipeline").is_dir()]
@@ -132,7 +135,7 @@ class _Telling:
         autocast = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.mixed)
         memory = training_memory(
             build, forward, train.batch_size, averaged=bool(config.ema_decay), autocast=autocast,
-            state_bytes=config.optimizer.state_bytes,
+            state_bytes=config.optimizer.state_bytes, frozen_bytes=self._frozen_bytes(),
         ).shared(self.accelerator.num_processes if self.accelerator.is_fsdp2 else 1)  # fmt: skip
         add("memory of a step", _parted(memory))
         pictures = captions = 0
@@ -153,10 +156,26 @@ class _Telling:
         add("a step", self._step(rehearsal, flops))
         add("memory, measured", f"{_bytes(rehearsal.memory)} at most, with everything that the run does")
         spent = {**rehearsal.seconds(config, self.world, pictures, captions), "data": opening}
+        if drawn := _draws(config):
+            add("class pictures", f"{drawn:,} to be drawn first")
+            spent["class pictures"] = self._drawing(rehearsal, drawn)
         total = sum(spent.values())
         parts = ", ".join(f"{name} {_duration(s)}" for name, s in spent.items() if s > 0.01 * total)
         add("time", f"about {_duration(total)} ({parts})")
         return replace(rehearsal, spent=spent)
+
+    def _frozen_bytes(self) -> float:
+        if not isinstance(self.config, AdaptConfig):
+            return 4.0
+        return frozen_bytes(self.config, self.device, self.mixed)
+
+    def _drawing(self, rehearsal: Rehearsal, pictures: int) -> float:
+        """Seconds that the class pictures will take, from those of the samples."""
+        config = self.config
+        assert isinstance(config, AdaptConfig) and config.prior
+        each = rehearsal.once.get("samples", 0.0) / (len(config.sample.prompts) or 16)
+        steps = config.prior.num_inference_steps / config.sample.num_inference_steps
+        return each * steps * pictures / self.world
 
     def _pictures(self) -> str:
         train, test = self.rows
@@ -173,6 +192,13 @@ class _Telling:
         speed = f"{rehearsal.step:.3f} s, {images * self.world:,.1f} images/s, {flops * images / 1e12:.2f} TFLOP/s"
         before = f"; {rehearsal.alone:.3f} s before the critic joins" if joining(self.config) else ""
         return f"{speed}{' each' if self.world > 1 else ''}{share}{before}"
+
+
+def _draws(config: Config) -> int:
+    """Class pictures that are missing."""
+    from .prior import to_draw
+
+    return to_draw(config) if isinstance(config, AdaptConfig) and config.prior else 0
 
 
 def _parts(config: Config) -> list[str]:

@@ -15,12 +15,14 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import DistributedType, GradScalerKwargs, InitProcessGroupKwargs
+from accelerate.utils import DistributedType, GradScalerKwargs, InitProcessGroupKwargs, convert_to_fp32
 from torch import Tensor, nn
 
+from . import sharded
 from .fit import ConfigError
 from .schema import Train
 
@@ -63,8 +65,9 @@ def started(train: Train, mixed_precision: str, run: Path | None = None) -> Acce
     kind = accelerator.distributed_type
     if kind == DistributedType.DEEPSPEED:
         raise ConfigError(
-            "DeepSpeed's engine owns optimizer, clipping and accumulation, and would take the place of `optimizer`, of "
-            "the guards and of exact resuming: use configs/accelerate/fsdp2.yaml, which shares out the same tensors"
+            "DeepSpeed's engine owns optimizer, clipping and accumulation, and resumes from pickles: `optimizer`, the "
+            "guards and exact resuming would not be in force. Use configs/accelerate/fsdp2.yaml, which shares out the "
+            "same tensors (with fsdp_reshard_after_forward: false those of ZeRO's stage 2)"
         )
     if kind == DistributedType.MEGATRON_LM or (kind == DistributedType.FSDP and not accelerator.is_fsdp2):
         raise ConfigError(
@@ -95,24 +98,32 @@ def prepare(accelerator: Accelerator, module: nn.Module) -> nn.Module:
     """
     if not accelerator.is_fsdp2:
         return accelerator.prepare(module)
-    from torch.distributed.fsdp import MixedPrecisionPolicy
-
     plugin: Any = accelerator.state.fsdp_plugin
     mesh, dims = accelerator.torch_device_mesh, accelerator.parallelism_config
     module.to(accelerator.device)
-    return share_out(
+    share_out(
         module,
         mesh=None if mesh is None or dims is None else mesh[tuple(dims.fsdp_dim_names)],
         reshard_after_forward=plugin.reshard_after_forward,
-        mp_policy=plugin.mixed_precision_policy or MixedPrecisionPolicy(),
         offload_policy=plugin.cpu_offload,
     )
+    # Not accelerate's policy: it rounds what goes in, the times of 0 … 1000 among it, and what comes out.
+    if (kind := {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision)) is not None:
+        plain = module.forward
+
+        def forward(*args: Any, **named: Any) -> Any:
+            with torch.autocast(accelerator.device.type, kind):
+                return convert_to_fp32(plain(*args, **named))
+
+        module.forward = forward
+    return module
 
 
 def share_out(module: nn.Module, **how: Any) -> nn.Module:
     """Each entry of the module's lists of layers, and the rest together, as units of FSDP2."""
     from torch.distributed.fsdp import fully_shard
 
+    sharded.remember(module)
     how = {k: v for k, v in how.items() if v is not None}
     for part in list(module.modules()):
         if isinstance(part, nn.ModuleList) and not any(
@@ -122,6 +133,15 @@ def share_out(module: nn.Module, **how: Any) -> nn.Module:
                 fully_shard(layer, **how)
     fully_shard(module, **how)
     return module
+
+
+def check_whole(accelerator: Accelerator, task: str) -> None:
+    """Raises ConfigError where a task's networks would be shared out that cannot be."""
+    if accelerator.is_fsdp2:
+        raise ConfigError(
+            f"task {task}: not with FSDP2, since its loss asks for weights outside of the network's own call; its "
+            "networks fit into one GPU, so use configs/accelerate/eight_gpus.yaml"
+        )
 
 
 # --- work that is shared out -----------------------------------------------------------------------------------------
@@ -146,6 +166,31 @@ def gathered_mean(values: Tensor, accelerator: Accelerator) -> float:
     if not total[1]:
         raise ValueError("no values to take the mean of")
     return (total[0] / total[1]).item()
+
+
+class _Gathered(torch.autograd.Function):
+    """torch has this under names that change from release to release."""
+
+    @staticmethod
+    def forward(ctx: Any, mine: Tensor) -> Tensor:
+        parts = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, mine.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        grad = grads[0].clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(grad)
+        return grad.chunk(dist.get_world_size())[dist.get_rank()]
+
+
+def gathered_rows(mine: Tensor) -> Tensor:
+    """All processes' rows (B, …), as many of each: (processes · B, …), in their order, with gradient.
+
+    A row's gradient is the sum of those that all processes' losses have. Where each computes the same loss of all rows,
+    the mean over processes that DDP takes is then the gradient of one process with all of them.
+    """
+    return cast(Tensor, _Gathered.apply(mine))
 
 
 def all_or_none(error: Exception | None, accelerator: Accelerator) -> None:
@@ -252,6 +297,4 @@ class Pulse:
 def lost_peer(error: BaseException) -> bool:
     """What a collective raises when another process is gone."""
     text = str(error)
-    return isinstance(error, RuntimeError) and (
-        isinstance(error, torch.distributed.DistError) or "gloo" in text or "NCCL" in text
-    )
+    return isinstance(error, RuntimeError) and (isinstance(error, dist.DistError) or "gloo" in text or "NCCL" in text)

@@ -20,7 +20,7 @@ from accelerate import Accelerator
 from torch.utils.data import IterableDataset
 
 from . import measure
-from .schema import AutoencoderConfig, Config, DiffusionConfig
+from .schema import AutoencoderConfig, Config, LatentRun
 
 if TYPE_CHECKING:
     from .loop import Player
@@ -106,7 +106,7 @@ def rehearse(config: Config, train_rows: Any, test_rows: Any, accelerator: Accel
     if isinstance(config, AutoencoderConfig) and 0 < start < how.images:
         steps, start = 2 * STEPS, STEPS * per_step
         config = config.model_copy(update={"loss": config.loss.model_copy(update={"gan_start": start})})
-    if isinstance(config, DiffusionConfig):
+    if isinstance(config, LatentRun):
         own = config.cache.model_copy(update={"dir": None})  # one that others use is left alone
         fewer = min(DRAWN, config.sample.num_inference_steps)
         sample = config.sample.model_copy(update={"num_inference_steps": fewer})
@@ -122,7 +122,7 @@ def rehearse(config: Config, train_rows: Any, test_rows: Any, accelerator: Accel
         began = time.perf_counter()
         task = build(config, train_rows, test_rows, run, accelerator)
         built = time.perf_counter()
-        encoding = _encoding(task, train_rows) if isinstance(config, DiffusionConfig) else (0.0, 0.0, 0.0)
+        encoding = _encoding(task, train_rows) if isinstance(config, LatentRun) else (0.0, 0.0, 0.0)
         entered = time.perf_counter()
         timed = Timed(task, device)
         loop.train(timed, short, run=run, seed=config.seed, accelerator=accelerator, inputs={})

@@ -19,7 +19,7 @@ from .schema import AdaptConfig, AutoencoderConfig, ClipConfig, Config, Diffusio
 
 log = logging.getLogger(__name__)
 DONE = "done.json"
-BESIDE = ("cache", "base", "base.json", "class_images")  # what may be there before a run is
+BESIDE = ("cache", "base", "base.json", "class_pictures")  # what may be there before a run is
 # Keys that change no number of what a run makes: it may go on with others.
 FREE = {"cache.dir", "cache.prune"} | {
     "train." + key
@@ -186,9 +186,8 @@ def train_one(config: Config, train_rows: Any, test_rows: Any, resume: str | Pat
         write_report(run, title=f"{config.task}: {run.name}", data=_summary(train_rows))
         took = {"seconds": time.perf_counter() - start, "memory": measure.peak(accelerator.device)}
         (run / DONE).write_text(json.dumps({"inputs": inputs, "took": took}))
-        log.info(
-            "%s: done, in %.1f minutes and %.2f GiB", run / "pipeline", took["seconds"] / 60, took["memory"] / 2**30
-        )
+        made = run / ("pipeline" if not isinstance(config, AdaptConfig) or config.whole else "adapter")
+        log.info("%s: done, in %.1f minutes and %.2f GiB", made, took["seconds"] / 60, took["memory"] / 2**30)
     accelerator.wait_for_everyone()
     for tracker in accelerator.trackers:  # end_training would also end the process group, which the next run needs
         tracker.finish()
@@ -236,17 +235,20 @@ def _in_one_line() -> Iterator[None]:
         raise ConfigError(f"a part that the run builds on cannot be opened: {text}") from error
 
 
-def open_data(config: Config, earlier: Sequence[Config] = ()) -> tuple[Any, Any]:
+def open_data(config: Config, earlier: Sequence[Config] = (), *, draw: bool = True) -> tuple[Any, Any]:
     """Training and held-out rows; with ``data.streaming`` a stream of batches and the held-out rows.
 
     Args:
         earlier: configs whose runs this one builds on.
+        draw: what is missing of DreamBooth's class pictures; else they are left out.
     Raises:
         DataError: naming folder, column or file.
         ConfigError: a task that cannot stream.
     """
     from .data import open_rows
 
+    if draw and isinstance(config, AdaptConfig) and config.prior:
+        config = _with_prior(config)
     diffusion = isinstance(config, LatentRun)
     how: dict[str, Any] = {"buckets": None if diffusion else False, "step": side_step(config, earlier)}
     if not config.data.streaming:
@@ -261,10 +263,26 @@ def open_data(config: Config, earlier: Sequence[Config] = ()) -> tuple[Any, Any]
     return stream, open_rows(config.data, split="test", **how)
 
 
+def _with_prior(config: AdaptConfig) -> AdaptConfig:
+    """With class pictures, drawn by the base as it is where they are missing."""
+    from . import processes
+    from .base import base_of, frozen_dtype
+    from .preflight import precision
+    from .prior import class_pictures, with_prior
+
+    mixed = precision(config.train.mixed_precision)
+    accelerator = processes.started(config.train, mixed)
+    parts = base_of(config).opened(frozen_dtype(config, accelerator.device, mixed), accelerator.device)
+    rank, world, wait = accelerator.process_index, accelerator.num_processes, accelerator.wait_for_everyone
+    return with_prior(config, class_pictures(config, parts, rank=rank, world=world, wait=wait))
+
+
 def source_of(config: Config, earlier: Sequence[Config]) -> str:
     """What of a config decides which rows there are; random crops and flips come later."""
-    given = config.data.model_dump(mode="json", exclude={"random_crop", "random_flip"})
+    given = [config.data.model_dump(mode="json", exclude={"random_crop", "random_flip"})]
     streamed = (config.seed, config.train.batch_size) if config.data.streaming else None
+    if isinstance(config, AdaptConfig) and config.prior:
+        given += [config.prior.model_dump(mode="json"), config.base, config.seed, config.output_dir]
     return json.dumps([given, isinstance(config, LatentRun), side_step(config, earlier), streamed])
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from threading import Lock
 from typing import Any
 
@@ -19,6 +21,10 @@ from .sources import HUB, SPLITS, check_columns, columns_of, files_of, pick
 from .tables import DataError, Table, bytes_of
 from .tars import TarTable
 
+log = logging.getLogger(__name__)
+
+HF = "hf://"
+
 
 @dataclass(frozen=True)
 class Shard:
@@ -30,8 +36,9 @@ class Shard:
     def open(self, data: Data) -> Table:
         """Its rows. Raises DataError naming the file."""
         if self.file.endswith(".tar"):
-            own = {key: getattr(self.place, key) for key in ("image_column", "caption_column", "mask_column")}
-            return TarTable(self.file, [Path(self.file)], **own, caption_extension=data.caption_extension)
+            own: dict[str, Any] = {k: getattr(self.place, k) for k in ("image_column", "caption_column", "mask_column")}
+            own["caption_extension"] = data.caption_extension
+            return HubTar(self.file, own) if self.file.startswith(HF) else TarTable(self.file, [Path(self.file)], **own)
         return ParquetTable(self.place, self.file)
 
 
@@ -63,24 +70,26 @@ def _local_files(source: str) -> dict[str, list[str]]:
 
 
 def _hub_files(source: str) -> dict[str, list[str]]:
-    """The data set's own parquet files, or those that the hub has made of it."""
+    """The data set's own parquet or tar files, or the parquet files that the hub has made of it."""
     from huggingface_hub import HfFileSystem
 
     name = source.removeprefix(HUB)
+    converted, files = f"datasets/{name}@refs/convert/parquet", []
     try:
         system: Any = HfFileSystem()
-        for root in (f"datasets/{name}", f"datasets/{name}@refs/convert/parquet"):
-            files = sorted(str(x) for x in system.glob(f"{root}/**/*.parquet"))
-            if files:
+        for root, ending in ((f"datasets/{name}", "parquet"), (f"datasets/{name}", "tar"), (converted, "parquet")):
+            if files := sorted(str(x) for x in system.glob(f"{root}/**/*.{ending}")):
                 break
     except Exception as error:
         raise DataError(f"{source}: could not be had from the hub: {one_line(error)}") from error
     if not files:
-        raise DataError(f"{source}: has no parquet files to be streamed")
+        raise DataError(f"{source}: has no parquet files and no tars to be streamed")
+    if any("/partial-" in file.removeprefix(converted) for file in files if file.startswith(converted)):
+        log.warning("%s: the hub has converted its first part alone to parquet; no more of it is read", source)
     parts: dict[str, list[str]] = {}
     for file in files:
         words = file.replace("-", "/").replace(".", "/").lower().split("/")[3:]
-        parts.setdefault(next((SPLITS[x] for x in words if x in SPLITS), "train"), []).append(f"hf://{file}")
+        parts.setdefault(next((SPLITS[x] for x in words if x in SPLITS), "train"), []).append(f"{HF}{file}")
     return parts
 
 
@@ -156,17 +165,46 @@ class ParquetTable(Table):
             raise ValueError(f"its caption is not UTF-8 ({error.reason} at byte {error.start})") from error
 
 
+class HubTar(TarTable):
+    """A tar of the hub, copied into the temporary folder for as long as it is read: its members lie where only its
+    headers say, and a pass over the network for them and another one for the pictures would be two."""
+
+    def __init__(self, file: str, how: dict[str, Any]):
+        from huggingface_hub import HfFileSystem
+
+        self.remote, self.how = file, how
+        self._folder = TemporaryDirectory(prefix="ldm-tar-")
+        copy = Path(self._folder.name) / Path(file).name
+        try:
+            HfFileSystem().get_file(file.removeprefix(HF), str(copy))
+        except Exception as error:
+            raise DataError(f"{file}: could not be had from the hub: {one_line(error)}") from error
+        try:
+            super().__init__(file, [copy], **how)
+        except DataError as error:
+            raise DataError(str(error).replace(str(copy), file)) from error
+
+    def __reduce__(self) -> Any:
+        return HubTar, (self.remote, self.how)  # a process has a copy of its own
+
+    def state(self) -> str:
+        return self.remote
+
+    def name(self, row: int) -> str:
+        return f"{self.remote}: {self._stem(row)}"
+
+
 def _opened(file: str) -> Any:
-    if not file.startswith("hf://"):
+    if not file.startswith(HF):
         return file
     from huggingface_hub import HfFileSystem
 
-    return HfFileSystem().open(file.removeprefix("hf://"), "rb")
+    return HfFileSystem().open(file.removeprefix(HF), "rb")
 
 
-def subset(rows: int, share: float) -> np.ndarray:
-    """Row numbers of an evenly spread share of a shard's rows."""
-    return np.flatnonzero(np.diff(np.floor(np.arange(rows + 1) * share + 1e-9)))
+def subset(rows: int, share: float, epoch: int = 0) -> np.ndarray:
+    """Row numbers of an evenly spread share of a shard's rows: others in each epoch, each row in that share of them."""
+    return np.flatnonzero(np.diff(np.floor((np.arange(rows + 1) + epoch) * share + 1e-9)))
 
 
 def passes(found: Sequence[Shard]) -> list[tuple[int, float]]:

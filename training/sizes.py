@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from .fit import ConfigError, part
 from .schema import AdaptConfig, AutoencoderConfig, ClipConfig, Config, DiffusionConfig, LatentRun, MMDiTModel
@@ -133,12 +134,14 @@ def _adapted_of(config: AdaptConfig) -> tuple[Build, Forward]:
     base = base_of(config)
     s, side = base.sizes(), config.data.resolution // base.factor
     lora = config.lora and config.lora.model_copy(
-        update={"init_lora_weights": "default", "start": None, "adapters": ()}
+        update={"init_lora_weights": "default", "start": None, "adapters": (), "quantization": None}
     )
     counted = config.model_copy(update={"lora": lora})
 
     def build() -> nn.Module:
-        return learning(counted, tuned(base.blank(), config.train), s.latent_channels)
+        with unset_fake_temporarily(), torch.device("meta"):  # peft moves its layers, which fake tensors do not let it
+            net = learning(counted, tuned(base.blank(), config.train))
+        return _anew(net)
 
     def denoise(net: nn.Module, rows: int) -> Tensor:
         inside: Any = net
@@ -147,12 +150,25 @@ def _adapted_of(config: AdaptConfig) -> tuple[Build, Forward]:
             torch.randn(rows, s.text_length, s.text_width),
             pooled=torch.randn(rows, s.pooled_width) if s.pooled_width else None,
             extra=torch.randn(rows, more, side, side) if more else None,
+            class_labels=torch.zeros(rows, dtype=torch.int64) if inside.config.get("num_class_embeds") else None,
         )
         cond = with_sizes(inside, cond, config.data.resolution, config.data.resolution)
         x = torch.randn(rows, s.latent_channels, side, side, requires_grad=not config.train_denoiser)
         return net(x, torch.rand(rows) * 1000, cond)
 
     return build, denoise
+
+
+def _anew(net: nn.Module) -> nn.Module:
+    """With parameters and buffers of the same shapes where tensors are made now."""
+    for module in net.modules():
+        for name, p in module._parameters.items():
+            if p is not None:
+                module._parameters[name] = nn.Parameter(torch.empty(p.shape, dtype=p.dtype), p.requires_grad)
+        for name, b in module._buffers.items():
+            if b is not None:
+                module._buffers[name] = torch.empty(b.shape, dtype=b.dtype)
+    return net
 
 
 def _vae_of(config: AutoencoderConfig) -> tuple[Build, Forward]:

@@ -127,7 +127,8 @@ def _imagefolder(place: Source, data: Data, split: Split) -> tuple[Table, np.nda
             captions = Computed(Beside(data.caption_extension, text=True), paths)
             if not any(captions.function.file(paths[i]).is_file() for i in range(len(paths))):
                 hint = f"; captions of an imagefolder stand in its metadata.jsonl, or in {data.caption_extension} files"
-                raise _no_column(place, "caption_column", "image", f"{hint} beside the pictures")
+                hint += " beside the pictures; or give one to all of them, as instance_prompt"
+                raise _no_column(place, "caption_column", "image", hint)
     if data.mask_suffix:
         masks = Computed(Beside(data.mask_suffix, text=False), paths)
     about = f"column {place.caption_column!r}" if metadata else f"a {data.caption_extension} file beside it"

@@ -18,6 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .sums import row_sums, sums_in_pieces
+from .tables import DataError
+
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 Part = list[tuple[str, np.ndarray]]  # shards by name, and which of their rows (N,) are kept
@@ -25,15 +28,18 @@ Part = list[tuple[str, np.ndarray]]  # shards by name, and which of their rows (
 KEY = np.dtype("S16")  # 16 bytes; numpy compares them as numbers of fixed length, zeros at the end included
 SEGMENT = 2**32  # bytes: small shards are put together up to this size
 CHUNK = 2**26  # bytes copied at a time
+CHECKED = 2**31  # bytes: a store that is no larger is checked in whole when it is swept
+KEYS, SUMS, SUSPECT = "keys", "sums", "suspect"  # files beside the fields'
 HIDDEN = "."  # begins the names of what is being written or on its way out
 STALE = 86400.0  # seconds after which another machine's half-written shard is nobody's
 
 
 class Store:
-    """Rows of named arrays under keys of 16 bytes, in ``folder/SHARD/{keys,FIELD…}.npy``.
+    """Rows of named arrays under keys of 16 bytes, in ``folder/SHARD/{keys,sums,FIELD…}.npy``.
 
     A shard is written beside and renamed. Rows are never changed: what depends on something else has another key,
-    or lies in another folder. Rows of one shard have equal shapes.
+    or lies in another folder. Rows of one shard have equal shapes. The sum of each row is written with it and checked
+    when it is first read; shards of older versions, which have none, get them when they are tidied.
 
     Args:
         folder: made at the first write. Several runs may write and read it at once.
@@ -66,13 +72,11 @@ class Store:
             OSError: the disk is full; nothing half-written is left.
         """
 
-        def fill(file: BinaryIO, name: str) -> None:
-            np.save(file, {"keys": keys, **fields}[name])
-
-        self._publish(keys, ["keys", *fields], fill)
+        named = {KEYS: keys, SUMS: row_sums(fields), **fields}
+        self._publish(keys, list(named), lambda file, name: np.save(file, named[name]))
 
     def _publish(self, keys: np.ndarray, names: Sequence[str], fill: Callable[[BinaryIO, str], None]) -> None:
-        final = self.folder / hashlib.blake2b(keys.tobytes(), digest_size=12).hexdigest()
+        final = self.folder / hashlib.blake2b(keys.tobytes(), digest_size=12, person=b"with sums").hexdigest()
         partial = self.folder / _hidden(final.name)
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
@@ -91,19 +95,28 @@ class Store:
             shutil.rmtree(partial, ignore_errors=True)
 
     def sweep(self) -> None:
-        """Remove what killed runs left half written, and shards that do not open."""
+        """Remove what killed runs left half written, shards that do not open, and rows that are not what was written:
+        looked for in a small store, and in a shard in which a reader met one."""
         for left in self.folder.glob(f"{HIDDEN}*"):
             if _abandoned(left):
                 shutil.rmtree(left, ignore_errors=True)
+        every = _settled(lambda: self.bytes) <= CHECKED
         for shard in self.shards():
             try:
                 lengths = {len(x) for x in _arrays(shard).values()} | {len(_keys(shard))}
+                lengths |= {len(_sums(shard))} if _has_sums(shard) else set()
                 if len(lengths) > 1:
                     raise ValueError(f"its arrays have {sorted(lengths)} rows")
+                whole = _whole(shard) if every or (shard / SUSPECT).exists() else np.ones(1, bool)
             except (OSError, ValueError, EOFError) as error:
                 if shard.is_dir():  # else another run has just put it together with others
                     log.warning("%s: damaged (%s), removed; its rows are made anew", shard, error)
                     _remove(shard)
+                continue
+            if not whole.all():
+                bad = len(whole) - int(whole.sum())
+                log.warning("%s: %d of its %d rows are damaged; they are made anew", shard, bad, len(whole))
+                self.join([(shard.name, whole)]) if whole.any() else _remove(shard)
 
     def tidy(self, used: np.ndarray | None = None) -> None:
         """Put small shards together, so that a large store is a few files.
@@ -128,10 +141,10 @@ class Store:
             size = _size(shard)
             if not kept.any():
                 _remove(shard)
-            elif not (kept.all() and size >= SEGMENT / 2):
+            elif not (kept.all() and size >= SEGMENT / 2 and _has_sums(shard)):
                 groups.setdefault(_signature(shard), []).append((shard.name, kept, size * kept.mean()))
         parts = [part for group in groups.values() for part in _cut(group)]
-        return [part for part in parts if len(part) > 1 or not part[0][1].all()]
+        return [x for x in parts if len(x) > 1 or not x[0][1].all() or not _has_sums(self.folder / x[0][0])]
 
     def join(self, part: Part) -> None:
         """One shard in the place of several, of their rows that are kept."""
@@ -139,12 +152,13 @@ class Store:
         try:
             first = _arrays(shards[0][0])
             keys = np.concatenate([_keys(shard)[kept] for shard, kept in shards])
+            sums = np.concatenate([_sums(shard)[kept] for shard, kept in shards])  # as they are: damage goes on showing
         except FileNotFoundError:  # another run has done it
             return
 
         def fill(file: BinaryIO, name: str) -> None:
-            if name == "keys":
-                return np.save(file, keys)
+            if name in (KEYS, SUMS):
+                return np.save(file, keys if name == KEYS else sums)
             like = first[name]
             header = {"descr": like.dtype.str, "fortran_order": False, "shape": (len(keys), *like.shape[1:])}
             np.lib.format.write_array_header_1_0(file, header)
@@ -155,7 +169,7 @@ class Store:
                     file.write(np.ascontiguousarray(array[rows[i : i + step]]).data)
 
         with suppress(FileNotFoundError):
-            self._publish(keys, ["keys", *first], fill)
+            self._publish(keys, [KEYS, SUMS, *first], fill)
             for shard, _ in shards:
                 _remove(shard)
 
@@ -192,9 +206,13 @@ class Reader:
     def _open(self, shards: Sequence[Path]) -> None:
         _allow_files(sum(len(list(x.iterdir())) for x in shards))
         self.shards, self.arrays = list(shards), [_arrays(x) for x in shards]
+        self.sums = [_sums(x, "r") if _has_sums(x) else None for x in shards]
+        parts = [np.full(len(next(iter(x.values()))), y is None) for x, y in zip(self.arrays, self.sums, strict=True)]
+        self.checked = np.concatenate([np.empty(0, bool), *parts])  # by slot: read once, and as it was written
 
     def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if k != "arrays"}  # a pickled map would be a copy of the file
+        own = ("arrays", "sums", "checked")  # a pickled map would be a copy of the file
+        return {k: v for k, v in self.__dict__.items() if k not in own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__ |= state
@@ -204,20 +222,47 @@ class Reader:
         """The rows at ``slots`` (B,): each field (B, …), in the type it is stored in.
 
         Raises:
+            DataError: a row is not what was written; it is made anew when the cache is next filled.
             ValueError: they do not have one shape.
         """
+        fresh = np.flatnonzero(~self.checked[slots])
         if len(self.arrays) == 1:
-            return {name: _tensor(np.take(x, slots, axis=0)) for name, x in self.arrays[0].items()}
+            parts = [(0, slots, slice(None))]
+            out = {name: np.take(x, slots, axis=0) for name, x in self.arrays[0].items()}
+        else:
+            parts, out = self._by_shard(slots), {}
+            for name, like in self.arrays[parts[0][0]].items():
+                out[name] = np.empty((len(slots), *like.shape[1:]), like.dtype)
+                for shard, offsets, rows in parts:
+                    out[name][rows] = np.take(self.arrays[shard][name], offsets, axis=0)
+        if len(fresh):
+            self._check(slots, fresh, parts, out)
+        return {name: _tensor(x) for name, x in out.items()}
+
+    def _by_shard(self, slots: np.ndarray) -> list[tuple[int, np.ndarray, Any]]:
+        """Shard, rows in it, and places of them in ``slots`` (B,)."""
         shard = np.searchsorted(self.starts, slots, side="right") - 1  # (B,)
         order = np.argsort(shard, kind="stable")
         groups = np.split(order, np.flatnonzero(np.diff(shard[order])) + 1)
-        sources = [(self.arrays[shard[rows[0]]], slots[rows] - self.starts[shard[rows[0]]], rows) for rows in groups]
-        out = {}
-        for name, like in sources[0][0].items():
-            out[name] = np.empty((len(slots), *like.shape[1:]), like.dtype)
-            for arrays, offsets, rows in sources:
-                out[name][rows] = np.take(arrays[name], offsets, axis=0)
-        return {name: _tensor(x) for name, x in out.items()}
+        return [(int(shard[rows[0]]), slots[rows] - self.starts[shard[rows[0]]], rows) for rows in groups]
+
+    def _check(self, slots: np.ndarray, fresh: np.ndarray, parts: list, out: dict[str, np.ndarray]) -> None:
+        """That the places ``fresh`` of ``slots``, which were never read before, are what was written."""
+        written = np.empty(len(slots), np.uint64)
+        for shard, offsets, rows in parts:
+            if (sums := self.sums[shard]) is not None:
+                written[rows] = sums[offsets]
+        part = out if len(fresh) == len(slots) else {name: x[fresh] for name, x in out.items()}
+        bad = slots[fresh[row_sums(part) != written[fresh]]]
+        if len(bad):
+            shard, offsets, _ = self._by_shard(bad[:1])[0]
+            with suppress(OSError):
+                (self.shards[shard] / SUSPECT).touch()  # for the next sweep, which looks at all of its rows
+            raise DataError(
+                f"{self.shards[shard]}: row {offsets[0]} is not what was written, the file is damaged; give the same "
+                "command again: what is damaged is made anew (and look after the disk)"
+            )
+        self.checked[slots] = True
 
 
 def as_stored(x: Tensor, precision: str) -> np.ndarray:
@@ -247,12 +292,28 @@ def _tensor(array: np.ndarray) -> Tensor:
 
 
 def _keys(shard: Path) -> np.ndarray:
-    return np.load(shard / "keys.npy")
+    return np.load(shard / f"{KEYS}.npy")
+
+
+def _has_sums(shard: Path) -> bool:
+    return (shard / f"{SUMS}.npy").exists()
+
+
+def _sums(shard: Path, mode: Any = None) -> np.ndarray:
+    """(N,) as they were written; of an older shard's rows as they are."""
+    if _has_sums(shard):
+        return np.load(shard / f"{SUMS}.npy", mmap_mode=mode).view(np.ndarray)
+    return sums_in_pieces(_arrays(shard))
+
+
+def _whole(shard: Path) -> np.ndarray:
+    """(N,) which rows are what was written."""
+    return sums_in_pieces(_arrays(shard)) == _sums(shard) if _has_sums(shard) else np.ones(len(_keys(shard)), bool)
 
 
 def _arrays(shard: Path) -> dict[str, np.ndarray]:
     """Memory-mapped, without numpy's subclass, whose indexing is slow."""
-    files = sorted(x for x in shard.glob("*.npy") if x.stem != "keys")
+    files = sorted(x for x in shard.glob("*.npy") if x.stem not in (KEYS, SUMS))
     if not files:
         raise FileNotFoundError(shard)
     return {x.stem: np.load(x, mmap_mode="r").view(np.ndarray) for x in files}

@@ -230,7 +230,7 @@ class _Walk:
 
     def _numbers(self, shard: int, share: float) -> Any:
         rows = len(self._table(shard))
-        return range(rows) if share == 1 else subset(rows, share)
+        return range(rows) if share == 1 else subset(rows, share, self.place.epoch)
 
     def _loaded(self, row: _Row) -> _Row:
         """Read all of a row while its file is at hand."""

@@ -110,6 +110,10 @@ class Table:
         root: paths below it tell the rows apart; None where they have none.
         about_captions: where the captions stand, for messages.
         state: changes whenever the files do; None where that is to be told from the rows' own files.
+
+    Attributes:
+        caption_of_all: of every row, in place of ``captions``.
+        loss_weight: what each row counts in the loss.
     """
 
     def __init__(
@@ -124,6 +128,8 @@ class Table:
     ):
         self.source, self.pictures, self.captions, self.masks, self.root = source, pictures, captions, masks, root
         self.about_captions, self._state, self.also = about_captions, state, ""
+        self.caption_of_all: str | None = None
+        self.loss_weight = 1.0
 
     def __len__(self) -> int:
         return len(self.pictures)

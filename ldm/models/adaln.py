@@ -37,18 +37,17 @@ def check_inputs(net: Network, x: Tensor, time: Tensor, cond: Cond, **fields: st
     """What the network was given fits it and each other.
 
     Args:
-        x: (B, C, H, W) latents. time: (B,).
+        x: (B, C, H, W) latents, with the channels of ``cond.extra``. time: (B,).
         fields: for ``tokens`` and ``pooled``, where the network takes them, the config field that says their width.
     Raises:
         ValueError: naming what does not fit, and what was expected.
     """
     name, channels, rows = type(net).__name__, net.config["in_channels"], len(x)
     if x.ndim != 4 or x.shape[1] != channels:
-        raise ValueError(f"{name}: x is {tuple(x.shape)}; expected (B, in_channels={channels}, H, W)")
+        given = "" if cond.extra is None else f" (cond.extra is given, {cond.extra.shape[1]} of its channels)"
+        raise ValueError(f"{name}: x is {tuple(x.shape)}{given}; expected (B, in_channels={channels}, H, W)")
     if time.shape != (rows,):
         raise ValueError(f"{name}: time is {tuple(time.shape)}; expected ({rows},), one for each picture")
-    if cond.extra is not None:
-        raise ValueError(f"{name}: cond.extra is given; this network takes no channels beside the latents")
     for what, field in fields.items():
         value, width, length = getattr(cond, what), net.config[field], "L, " if what == "tokens" else ""
         if value is None or value.ndim != (3 if length else 2) or (len(value), value.shape[-1]) != (rows, width):

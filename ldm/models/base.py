@@ -140,10 +140,17 @@ class Network(nn.Module):
         return net, model
 
     def to_diffusers(self) -> ModelMixin:
-        """The stock twin around this network's weights (shared, not copied)."""
+        """The stock twin around this network's weights (shared, not copied); of one with LoRA that is fused, with it.
+
+        Raises:
+            ValueError: a LoRA acts in it that is not fused, or its weights are quantized.
+        """
+        tensors, trains = _plain(self), [(p, p.requires_grad) for p in self.parameters()]
         with torch.device("meta"):
             model: Any = self.stock_class()(**self.stock_config())
-        share_weights(model, _tensors(self), f"{self.stock} from {type(self).__name__}")
+        share_weights(model, tensors, f"{self.stock} from {type(self).__name__}")
+        for parameter, needed in trains:  # torch makes all of them ask for gradients
+            parameter.requires_grad_(needed)
         return model.train(self.training)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
@@ -223,6 +230,30 @@ class Network(nn.Module):
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
     """All that the model holds: what it saves, and the buffers that it makes anew each time."""
     return dict(model.named_parameters()) | dict(model.named_buffers())
+
+
+def _plain(net: Network) -> dict[str, Tensor]:
+    """All that the network holds, without what peft has put around its layers."""
+    tensors, name = _tensors(net), type(net).__name__
+    for place, layer in net.named_modules():
+        if not hasattr(layer, "merged_adapters"):
+            continue
+        acting: Any = layer
+        if not acting.merged and any(adapter in acting.lora_A for adapter in acting.active_adapters):
+            raise ValueError(
+                f"{name}.to_diffusers: a LoRA acts in {place} that its weight does not hold; fuse it, or unload it and "
+                "write it as a file of its own"
+            )
+        inside, own = f"{place}.base_layer.", f"{place}."
+        tensors = {
+            key.replace(inside, own, 1) if key.startswith(inside) else key: value
+            for key, value in tensors.items()
+            if key.startswith(inside) or not key.startswith(own)
+        }
+    for key, value in net.named_parameters():
+        if not value.is_floating_point():
+            raise ValueError(f"{name}.to_diffusers: {key} is quantized; export the network that it was made from")
+    return tensors
 
 
 def _reason(error: BaseException) -> str:

@@ -14,7 +14,6 @@ from .base import Network
 from .embeddings import PatchEmbed, TimestepMLP, timestep_embedding
 from .linear import Linear
 
-LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 MICRO_CONDITIONED = 128  # the sample_size at which diffusers adds the size embedders if it is not told
 
 
@@ -90,7 +89,7 @@ class DiT(Network):
     def forward(self, x: Tensor, time: Tensor, cond: Cond) -> Tensor:
         """
         Args:
-            x: (B, C, H, W) noisy latents.
+            x: (B, C, H, W) noisy latents, ``in_channels`` of them together with the channels of ``cond.extra``.
             time: (B,) in 0 to 1000, fractions allowed.
             cond: ``tokens`` (B, L, caption_channels); ``bias`` (B, L) is added to the logits of the text keys, -inf
                 hides a padded token (a row that hides all gets nothing from it); with ``use_additional_conditions``
@@ -101,6 +100,7 @@ class DiT(Network):
             ValueError: a size that the patch does not divide, no size where one must be told, a time or text of another
                 shape.
         """
+        x = cond.beside(x)
         self._check(x, time, cond)
         if x.device.type == "cpu" and not torch.compiler.is_compiling():  # to look elsewhere makes the host wait
             (cond,) = visible(cond)

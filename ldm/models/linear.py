@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from functools import cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+Size = int | tuple[int, int]
 SMALL = 2**21  # multiplications below which a call of oneDNN costs more than it saves; twice that with a backward pass
 TORCHS_OWN = 20480  # numbers in a single picture up to which torch convolves it without oneDNN
 COPY = 2**18  # weights that may be copied where no backward pass needs more memory anyway
@@ -28,8 +30,8 @@ class Linear(nn.Linear):
 class Conv1x1(nn.Conv2d):
     """``nn.Conv2d`` of 1 x 1: a ``Linear`` over the pixels where their channels stand together (channels last)."""
 
-    def __init__(self, width_in: int, width: int):
-        super().__init__(width_in, width, 1)
+    def __init__(self, width_in: int, width: int, kernel_size: Size = 1, *args: Any, **kw: Any):
+        super().__init__(width_in, width, kernel_size, *args, **kw)
 
     def forward(self, x: Tensor) -> Tensor:  # (B, C, H, W) -> (B, C', H, W)
         pixels = x.permute(0, 2, 3, 1)  # (B, H, W, C)
@@ -47,12 +49,16 @@ class Conv3x3(nn.Conv2d):
     must not be what sets the peak of memory.
     """
 
-    def __init__(self, width_in: int, width: int, stride: int = 1):
-        super().__init__(width_in, width, 3, stride, padding=1)
+    def __init__(
+        self, width_in: int, width: int, kernel_size: Size = 3, stride: Size = 1, padding: Size | None = None, **kw: Any
+    ):
+        # nn.Conv2d's arguments: peft makes both layers of a LoRA of this class, and the second is 1 x 1.
+        same = int(kernel_size in (3, (3, 3))) if padding is None else padding
+        super().__init__(width_in, width, kernel_size, stride, same, **kw)
 
     def forward(self, x: Tensor) -> Tensor:  # (B, C, H, W) -> (B, C', H', W')
         recorded = is_recorded(x, self.weight, self.bias)
-        if not _by_onednn(x, self.weight, recorded):
+        if self.kernel_size != (3, 3) or not _by_onednn(x, self.weight, recorded):
             return super().forward(x)
         (b, _, *size), stride = x.shape, self.stride[0]
         h, w = (math.ceil(n / stride) for n in size)

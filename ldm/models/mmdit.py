@@ -24,8 +24,6 @@ from .base import Network
 from .embeddings import PatchEmbed, TimestepMLP, timestep_embedding
 from .linear import Linear
 
-LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
-
 
 class MMDiT(Network):
     """Twin of diffusers' ``SD3Transformer2DModel``: text and image tokens with weights of their own, joint attention.
@@ -104,7 +102,7 @@ class MMDiT(Network):
     def forward(self, x: Tensor, time: Tensor, cond: Cond) -> Tensor:
         """
         Args:
-            x: (B, C, H, W) noisy latents.
+            x: (B, C, H, W) noisy latents, ``in_channels`` of them together with the channels of ``cond.extra``.
             time: (B,) in 0 to 1000, fractions allowed.
             cond: ``tokens`` (B, L, joint_attention_dim) and ``pooled`` (B, pooled_projection_dim); ``bias`` (B, L)
                 is added to the logits of the text keys wherever text takes part in attention, so that a token with
@@ -114,6 +112,7 @@ class MMDiT(Network):
         Raises:
             ValueError: a size that does not fit, other channels, a time, text or pooled vector of another shape.
         """
+        x = cond.beside(x)
         check_inputs(self, x, time, cond, tokens="joint_attention_dim", pooled="pooled_projection_dim")
         assert cond.pooled is not None
         height, width = x.shape[-2:]

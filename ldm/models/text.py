@@ -13,7 +13,16 @@ from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, T5EncoderModel
 
 from ..cond import Cond
-from .text_files import SECOND_WIDTH, Tokenizer, Tower, check_hub_options, from_hub, is_empty_folder, open_tower
+from .text_files import (
+    SECOND_WIDTH,
+    Tokenizer,
+    Tower,
+    check_hub_options,
+    from_hub,
+    is_empty_folder,
+    open_tower,
+    spelled_out,
+)
 
 # of each family, the encoders by the names of their folders, and the classes that each may be
 FAMILIES: dict[str, dict[str, tuple[type[Tower], ...]]] = {
@@ -104,6 +113,11 @@ class TextEncoder(nn.Module):
             found["text_encoder_3"] = (self.tokenizer_3, self.model_3)
         return found
 
+    def set_tokenizer(self, name: str, tokenizer: Tokenizer) -> None:
+        """Another one for the encoder of this name."""
+        first = next(iter(self.towers()))
+        setattr(self, "tokenizer" if name == first else f"tokenizer{name[-2:]}", tokenizer)
+
     def _clips(self) -> list[tuple[Tokenizer, Any]]:
         return [(t, m) for t, m in self.towers().values() if not isinstance(m, T5EncoderModel)]
 
@@ -135,13 +149,19 @@ class TextEncoder(nn.Module):
         for i, prompt in enumerate(prompts):
             if not isinstance(prompt, str):
                 raise ValueError(f"prompt {i}: expected text, got {type(prompt).__name__}")
-        texts = [prompt.lower().strip() for prompt in prompts] if self.family == "pixart" else list(prompts)
+        texts = self.as_read(tokenizer, prompts)
         given = tokenizer(texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
         return given.input_ids, given.attention_mask
 
     def count_tokens(self, prompts: Sequence[str]) -> list[int]:
         """Tokens that each prompt would need, start and end included; above ``max_length`` its end is cut."""
-        return [len(ids) for ids in self.tokenizer(list(prompts), verbose=False).input_ids]
+        texts = self.as_read(self.tokenizer, prompts)
+        return [len(ids) for ids in self.tokenizer(texts, verbose=False).input_ids]
+
+    def as_read(self, tokenizer: Tokenizer, prompts: Sequence[str]) -> list[str]:
+        """The texts that one of the tokenizers is given: pixart's in lower case, new tokens with all their vectors."""
+        texts = [prompt.lower().strip() for prompt in prompts] if self.family == "pixart" else list(prompts)
+        return spelled_out(tokenizer, texts)
 
     def forget_last_call(self) -> None:
         """A tokenizer would save the padding and truncation of its last call, so that equal ones differ as files."""
@@ -335,7 +355,9 @@ def _width(model: Any) -> int:
 
 def _check_end_token(tokenizer: Tokenizer, eos: int) -> None:
     """Pooling looks for the end token by its id; an id that never occurs quietly pools the start token."""
-    highest = len(tokenizer) - 1
+    highest, added = len(tokenizer) - 1, tokenizer.added_tokens_decoder
+    while highest in added and not added[highest].special:  # new tokens come after it
+        highest -= 1
     fits = tokenizer.eos_token_id == (highest if eos == 2 else eos)  # 2 in old configs means "the highest id"
     if not fits:
         raise ValueError(

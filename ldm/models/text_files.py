@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -61,6 +62,27 @@ def load_tokenizer(folder: Path, kind: type[Tokenizer] = CLIPTokenizer) -> Token
     for name in ("is_local", "local_files_only"):  # of this call, not of the tokenizer, which would save them
         tokenizer.init_kwargs.pop(name, None)
     return tokenizer
+
+
+def spelled_out(tokenizer: Tokenizer, texts: Sequence[str]) -> list[str]:
+    """Texts in which a new token of several vectors stands as all of them: ``<toy>`` becomes ``<toy> <toy>_1 <toy>_2``.
+
+    So do the stock pipelines of SD and SDXL (``maybe_convert_prompt``); those of SD3 and PixArt leave it to the user.
+    A text that spells a token out already is left alone; stock would do it again.
+    """
+    added = tokenizer.added_tokens_encoder
+    several = sorted(token for token in added if f"{token}_1" in added)
+    return [_one_spelled_out(tokenizer, added, several, text) for text in texts] if several else list(texts)
+
+
+def _one_spelled_out(tokenizer: Tokenizer, added: Container[str], several: Sequence[str], text: str) -> str:
+    found = [token for token in several if token in text and f"{token}_1" not in text]
+    there = set(tokenizer.tokenize(text)) if found else set()  # a token may be a part of a longer one
+    for token in found:
+        if token in there:
+            numbered = itertools.takewhile(added.__contains__, (f"{token}_{i}" for i in itertools.count(1)))
+            text = text.replace(token, " ".join([token, *numbered]))
+    return text
 
 
 def load_tower(

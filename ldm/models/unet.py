@@ -20,14 +20,6 @@ from .linear import Conv3x3
 from .transformer import Transformer2D
 
 T = TypeVar("T", int, bool)
-_ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
-_FEED_FORWARD = ["ff.net.0.proj", "ff.net.2"]
-_CONV = ["proj_in", "proj_out", "conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv"]
-LORA_TARGETS: dict[str, list[str]] = {  # the ends of the names of the layers that a LoRA wraps
-    "attention": _ATTENTION,
-    "attention+ff": _ATTENTION + _FEED_FORWARD,
-    "conv": _ATTENTION + _FEED_FORWARD + _CONV,
-}
 
 
 class ResnetBlock(nn.Module):
@@ -266,8 +258,7 @@ class UNet(Network):
         Raises:
             ValueError: H or W cannot be halved at every level, or ``cond`` does not fit the model.
         """
-        if cond.extra is not None:
-            x = torch.cat([x, cond.extra], dim=1)
+        x = cond.beside(x)
         self._check(x, cond)
         emb = F.silu(self._embed(x, time, cond))  # (B, 4 * widths[0]); its SiLU is the same in every block
         x = self.conv_in(x)

@@ -170,7 +170,7 @@ def _curves(rows: list[dict[str, Any]]) -> dict[str, tuple[list[float], list[flo
 
 
 def _last(curves: dict[str, tuple[list[float], list[float]]]) -> str:
-    return "last " + ", ".join(f"{key} {_text(y[-1])}" for key, (_, y) in curves.items())
+    return "last " + ", ".join(f"{key} {_text(y[-1])}" for key, (_, y) in curves.items() if "_at_" not in key)
 
 
 def _plots(curves: dict[str, tuple[list[float], list[float]]]) -> list[str]:
@@ -210,6 +210,9 @@ def _panel(name: str, curves: dict[str, tuple[list[float], list[float]]]) -> str
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.yaxis.set_minor_formatter(NullFormatter())
+    low, high = min(drawn), max(drawn)
+    if high - low <= 1e-6 * max(abs(low), abs(high)):  # a constant, whose rounding would fill the panel
+        axes.set_ylim(low - 0.5 * (abs(low) or 1), high + 0.5 * (abs(high) or 1))
     axes.set_title(name, fontsize=10, color=grey)
     axes.set_xlabel("images", fontsize=8, color=grey)
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))

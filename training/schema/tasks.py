@@ -127,12 +127,11 @@ class AdaptConfig(LatentRun):
     @model_validator(mode="before")
     @classmethod
     def _live(cls, given: Any) -> Any:
-        """What is another thing at each step is not cached, unless the config says so (and is refused)."""
+        """Captions are not cached where the text encoders train, unless the config says so (and is refused)."""
         if not isinstance(given, dict) or not isinstance(given.get("cache", {}), dict):
             return given
-        live = {"text": False} if given.get("train_text_encoder") or given.get("new_tokens") else {}
-        live |= {"latents": False} if given.get("conditioning") else {}
-        return {**given, "cache": {**live, **given.get("cache", {})}} if live else given
+        live = given.get("train_text_encoder") or given.get("new_tokens")
+        return {**given, "cache": {"text": False, **given.get("cache", {})}} if live else given
 
 
 Config = AutoencoderConfig | ClipConfig | DiffusionConfig | AdaptConfig

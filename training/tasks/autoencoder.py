@@ -20,7 +20,7 @@ from ..checkpoint import replace_folder
 from ..evaluate.grids import pairs_grid
 from ..evaluate.metrics import psnr, ssim
 from ..loop import Batch, Player
-from ..processes import gathered_mean, shared
+from ..processes import check_whole, gathered_mean, shared
 from ..schema import AutoencoderConfig
 from .common import made, player, tuned
 
@@ -34,6 +34,7 @@ class AutoencoderTask:
     def __init__(
         self, config: AutoencoderConfig, train: Pictures, held_out: Pictures, run: Path, accelerator: Accelerator
     ):
+        check_whole(accelerator, "autoencoder")
         self.config, self.run, self.accelerator = config.loss, run, accelerator
         self.seed, self.latent_shift, self.batch_size = config.seed, config.latent_shift, config.train.batch_size
         self.train_pictures, self.test_pictures = train, held_out

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import cast
 
@@ -18,8 +19,11 @@ from ..batches import PictureBatches
 from ..checkpoint import replace_folder
 from ..data import Rows
 from ..loop import Batch
+from ..processes import check_whole, gathered_rows
 from ..schema import ClipConfig
 from .common import player
+
+MEASURED, AT_ONCE = 256, 64  # held-out pictures, and how many of them go through the towers together
 
 
 class Contrast(nn.Module):
@@ -47,10 +51,16 @@ def contrastive_loss(texts: Tensor, pictures: Tensor, scale: Tensor, same: Tenso
     return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
 
 
+def same_captions(ids: Tensor) -> Tensor:
+    """(B, L) token ids -> (B, B), true where two rows have the same."""
+    return (ids[:, None] == ids[None]).all(-1)
+
+
 class ClipTask:
     """Builds tokenizer and towers for the captions that are there."""
 
     def __init__(self, config: ClipConfig, train: Rows, held_out: Rows, run: Path, accelerator: Accelerator):
+        check_whole(accelerator, "clip")
         self.run, self.accelerator = run, accelerator
         self.tokenizer: CLIPTokenizer = train_tokenizer(
             train.captions, config.model.tokenizer.vocab_size, config.model.tokenizer.max_length
@@ -71,26 +81,32 @@ class ClipTask:
 
     def loss(self, batch: Batch, images: int) -> tuple[Tensor, dict[str, Tensor]]:
         texts, pictures, scale = self.players[0].module(batch["ids"], batch["pictures"])
-        ids = batch["ids"]
-        if self.accelerator.num_processes > 1:  # negatives from all processes, with gradient
-            from torch.distributed.nn.functional import all_gather
-
-            texts, pictures = torch.cat(all_gather(texts)), torch.cat(all_gather(pictures))
-            ids = self.accelerator.gather(ids)
-        same = (ids[:, None] == ids[None]).all(-1).float()
-        loss = contrastive_loss(texts.float(), pictures.float(), scale.float(), same)
+        both, ids = torch.stack([texts, pictures], 1), batch["ids"]  # (B, 2, P)
+        if self.accelerator.num_processes > 1:  # the others' rows are negatives too, and learn from it
+            both, ids = gathered_rows(both), cast(Tensor, self.accelerator.gather(ids))
+        texts, pictures = both.float().unbind(1)
+        loss = contrastive_loss(texts, pictures, scale.float(), same_captions(ids).float())
         return loss, {"loss": loss}
 
     @torch.no_grad()
     def held_out(self) -> dict[str, float]:
-        """Loss, and how often a held-out picture's own caption is the nearest of all held-out captions."""
+        """Loss, and how often a held-out picture's own caption is the nearest of all held-out captions. Each process
+        computes its part of the vectors; all pairs of them are compared."""
+        n, rank, world = min(len(self.test), MEASURED), self.accelerator.process_index, self.accelerator.num_processes
+        mine = torch.arange(rank, rank + world * math.ceil(n / world), world).clamp(max=n - 1)  # as many in each
+        vectors, scale = [], torch.ones(())
         with self.players[0].averaged():
-            batch = self.test.__getitems__([(i, i) for i in range(min(len(self.test), 256))])
-            batch = {k: v.to(self.accelerator.device) for k, v in batch.items()}
-            texts, pictures, scale = self.players[0].module(batch["ids"], batch["pictures"])
-        same = (batch["ids"][:, None] == batch["ids"][None]).all(-1)
-        right = same[torch.arange(len(same)), (pictures @ texts.T).argmax(-1)]
-        loss = contrastive_loss(texts.float(), pictures.float(), scale.float(), same.float())
+            for chunk in mine.split(AT_ONCE):
+                found = self.test.__getitems__([(i, i) for i in chunk.tolist()])
+                batch = {k: v.to(self.accelerator.device) for k, v in found.items()}
+                texts, pictures, scale = self.players[0].module(batch["ids"], batch["pictures"])
+                vectors.append(torch.stack([texts, pictures], 1).float())  # (B, 2, P)
+        both = cast(Tensor, self.accelerator.gather(torch.cat(vectors)))  # process after process
+        both = both.unflatten(0, (world, -1)).transpose(0, 1).flatten(0, 1)[:n]  # row after row
+        texts, pictures = both.unbind(1)
+        same = same_captions(cast(Tensor, self.test.ids)[:n].to(both.device))
+        right = same[torch.arange(n), (pictures @ texts.T).argmax(-1)]
+        loss = contrastive_loss(texts, pictures, scale.float(), same.float())
         return {"held_out_loss": loss.item(), "held_out_accuracy": right.float().mean().item()}
 
     def sample(self, file: Path) -> None:

@@ -3,7 +3,8 @@ classifier-free guidance in mind."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from itertools import islice
@@ -32,6 +33,7 @@ from ..adapt import Captions, Trained, opened, reading, whole, write_adapter
 from ..base import base_of, times_of
 from ..batches import LatentBatches, Stream, dropped
 from ..cache import BATCH, PIXELS, Caches, Together, open_caches
+from ..conditioning import Conditioner
 from ..encoders import FAMILY, About, Encoders, encode_captions
 from ..evaluate.grids import picture_grid
 from ..loop import Batch
@@ -39,6 +41,7 @@ from ..noise import noises
 from ..objective import path_of, prediction_of, times, weights
 from ..preflight import Sizes
 from ..schema import AdaptConfig, DiffusionConfig, DiTModel, Times, UNetModel
+from ..sources import Split
 from .common import player, tuned
 
 PROBED = 64  # rows whose loss is followed at fixed times and noise
@@ -67,17 +70,14 @@ class DiffusionTask:
         self.about = together.told(self.encoders.about)
         self.scale = self.about.scale
         self.text: TextEncoder | None = None  # where it trains
-        self.conditioner: Any = None
+        self.conditioner: Conditioner | None = None
         if isinstance(config, AdaptConfig):
-            self.net, self.schedule = (
-                opened(config, self.base, self.device, accelerator.mixed_precision),
-                self.base.schedule,
-            )
-            how: Times = times_of(config, self.schedule)
+            self.net = opened(config, self.base, self.device, accelerator.mixed_precision)
             if config.conditioning:
-                from ..conditioning import conditioner
-
-                self.conditioner = conditioner(config.conditioning)
+                of = self.net, config.seed, self.about.factor, self.scale, config.caption_dropout
+                self.conditioner = Conditioner(config.conditioning, *of)
+            self.schedule = self.base.schedule
+            how: Times = times_of(config, self.schedule)
             if config.reads_prompts:
                 self.text = reading(config, self.encoders.keep_text())
         else:
@@ -93,7 +93,7 @@ class DiffusionTask:
         splits: list[tuple[Any, bool]] = [] if stream else [(train, config.data.random_flip)]
         splits.append((held_out, False))
         caches, _ = open_caches(config, splits, self.encoders, self.about, together)
-        self.test_rows = self._batches(splits[-1][0], caches[-1])
+        self.test_rows = self._batches(splits[-1][0], caches[-1], "test")
         self.train_rows: LatentBatches | None = None
         self.captions: Sequence[str] = held_out.captions
         if stream:
@@ -114,8 +114,9 @@ class DiffusionTask:
             self.players[0].module, path, prediction, self.schedule.time_input, learned_variance=learned
         )
 
-    def _batches(self, rows: Any, cached: Caches, **how: Any) -> LatentBatches:
+    def _batches(self, rows: Any, cached: Caches, split: Split = "train", **how: Any) -> LatentBatches:
         how |= {"latents": cached.latents, "texts": cached.texts, "masks": cached.masks}
+        how |= self.conditioner.batches(rows, split) if self.conditioner else {}
         return LatentBatches(rows, self.seed, factor=self.about.factor, sizes=self._told_sizes, **how)
 
     @property
@@ -128,22 +129,37 @@ class DiffusionTask:
         """With the encoders, which are opened if they are not in memory."""
         return Parts(self.net, self.encoders.vae, self.encoders.text, self.schedule)
 
+    @contextmanager
+    def _at_rest(self) -> Iterator[None]:
+        """Within this context the networks are as users will have them: averaged, without dropout."""
+        module = self.players[0].module
+        with self.players[0].averaged():
+            module.eval()
+            try:
+                yield
+            finally:
+                module.train()
+
     # --- what the network is shown -----------------------------------------------------------------------------------
 
-    def _inputs(self, batch: Batch, dropout: float) -> tuple[Tensor, Cond]:
+    def _inputs(self, batch: Batch, *, train: bool) -> tuple[Tensor, Cond]:
         """Normalized latents (B, C, h, w), drawn from their posterior, and what the network is told.
 
         Args:
-            dropout: share of the captions that become the null prompt, where they are not cached: there it is done.
+            train: a share of the captions becomes the null prompt here, where they are not cached: there it is done.
         """
-        mean, log_var = self._moments(batch).chunk(2, dim=1)
+        moments = batch["moments"].float() if "moments" in batch else self._moments(batch["pictures"])
+        mean, log_var = moments.chunk(2, dim=1)
         eps = rng.normal(self.seed, batch["index"], mean.shape[1:], Stream.POSTERIOR)
         z = self.scale.normalize(mean + torch.exp(0.5 * log_var) * eps)
         h, w = (side * self.about.factor for side in z.shape[-2:])
-        extra = None if self.conditioner is None else self.conditioner.extra(batch, self._encode)
+        extra = labels = None
+        if self.conditioner is not None:
+            extra = self.conditioner.extra(batch, self._moments, train=train)
+            labels = self.conditioner.class_labels(batch)
 
         def rest(cond: Cond) -> Cond:
-            sized = replace(cond, extra=extra)
+            sized = replace(cond, extra=extra, class_labels=labels)
             return (
                 replace(sized, size_ids=batch["size_ids"]) if "size_ids" in batch else with_sizes(self.net, sized, h, w)
             )
@@ -152,7 +168,7 @@ class DiffusionTask:
             tokens, bias, pooled = (batch.get(name) for name in ("tokens", "bias", "pooled"))
             return z, rest(Cond(cast(Tensor, tokens).float(), bias, None if pooled is None else pooled.float()))
         captions, policy = cast(list[str], batch["captions"]), self.config.data.long_captions
-        drop = dropped(self.seed, batch["index"], dropout)
+        drop = dropped(self.seed, batch["index"], self.config.caption_dropout if train else 0.0)
         if self.text is not None:
             return z, cast(Cond, Captions(captions, drop, policy, rest))  # which the module reads
         with torch.no_grad():
@@ -160,17 +176,9 @@ class DiffusionTask:
             return z, rest(encode_captions(self.encoders.text, captions, policy, self.null, drop))
 
     @torch.no_grad()
-    def _encode(self, pictures: Tensor) -> Tensor:
-        """Pictures (B, 3, H, W) in [-1, 1] -> normalized latents, their posterior's mode."""
+    def _moments(self, pictures: Tensor) -> Tensor:
+        """Of pictures (B, 3, H, W) in [-1, 1]: (B, 2C, h, w) in float32."""
         vae = self.encoders.vae
-        return self.scale.normalize(vae.encode(pictures.to(vae.dtype)).mean.float())
-
-    @torch.no_grad()
-    def _moments(self, batch: Batch) -> Tensor:
-        """(B, 2C, h, w) in float32."""
-        if "moments" in batch:
-            return batch["moments"].float()
-        vae, pictures = self.encoders.vae, batch["pictures"]
         step = max(1, min(BATCH, PIXELS // pictures[0, 0].numel()))
         found = [vae.encode(x.to(vae.dtype)) for x in pictures.split(step)]
         return torch.cat([torch.cat([x.mean, x.log_var], dim=1) for x in found]).float()
@@ -178,7 +186,7 @@ class DiffusionTask:
     # --- what it learns from -----------------------------------------------------------------------------------------
 
     def loss(self, batch: Batch, images: int) -> tuple[Tensor, dict[str, Tensor]]:
-        z, cond = self._inputs(batch, self.config.caption_dropout)
+        z, cond = self._inputs(batch, train=True)
         t = self.time(rng.uniform(self.seed, batch["index"], (), Stream.TIME), batch["index"])
         how = self.config.noise_offset, self.config.input_perturbation
         eps, noisy = noises(self.seed, batch["index"], z.shape[1:], *how)
@@ -203,7 +211,7 @@ class DiffusionTask:
             chunk = chunks[min(first + rank, len(chunks) - 1)]  # all call the network as often: it may be shared out
             found = rows.__getitems__([pairs[i] for i in chunk])
             batch = {k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in found.items()}
-            z, cond = self._inputs(batch, 0.0)
+            z, cond = self._inputs(batch, train=False)
             t = ((batch["index"] - FIXED) % LEVELS + 0.5) / LEVELS
             eps = rng.normal(self.seed, batch["index"], z.shape[1:], Stream.NOISE)
             each = self.denoiser.loss(z, t.float(), cond, eps=eps, mask=batch.get("mask"))
@@ -213,7 +221,7 @@ class DiffusionTask:
 
     def held_out(self) -> dict[str, float]:
         """The loss at fixed (row, t, noise) of held-out rows, at each t and in all, and of as many training rows."""
-        with self.players[0].averaged():
+        with self._at_rest():
             each = self._probe(self.test_rows)
             found = {"held_out_loss": each.mean().item()}
             if self.train_rows is not None:
@@ -227,25 +235,27 @@ class DiffusionTask:
         how = self.config.sample
         prompts = list(how.prompts) or first_distinct(self.captions, 16)
         generators = [torch.Generator().manual_seed(how.seed + i) for i in range(len(prompts))]
-        with self.players[0].averaged():
-            self.net.eval()
-            pictures = generate(
-                self.parts,
-                prompts,
-                steps=how.num_inference_steps,
-                guidance_scale=how.guidance_scale,
-                generator=generators,
-            )
-            self.net.train()
+        call: Any = dict(steps=how.num_inference_steps, guidance_scale=how.guidance_scale, generator=generators)
+        with self._at_rest():
+            if self.conditioner is None:
+                pictures = generate(self.parts, prompts, **call)
+            else:
+                pictures = self.conditioner.draw(self.parts, prompts, self._shown(len(prompts)), **call)
         self.encoders.free(**self.cached)
         file.parent.mkdir(parents=True, exist_ok=True)
         picture_grid(pictures.cpu(), prompts).save(file)
+
+    def _shown(self, count: int) -> Batch:
+        """Held-out rows of one shape, over and over: what a network that is shown more than a prompt draws from."""
+        same = np.flatnonzero(self.test_rows.bucket == self.test_rows.bucket[0])
+        found = self.test_rows.__getitems__([(FIXED + i, int(same[i % len(same)])) for i in range(count)])
+        return {k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in found.items()}
 
     def export(self) -> None:
         """``RUN/pipeline``: a folder that stock diffusers opens. Of a LoRA or new tokens ``RUN/adapter``, which goes
         with the base."""
         config = self.config
-        with self.players[0].averaged():
+        with self._at_rest():
             if isinstance(config, AdaptConfig) and not config.whole:
                 write_adapter(config, self.run / "adapter", self.net, self.text, self.base)
             else:

@@ -1,0 +1,57 @@
+"""The kinds of networks that are shown something beside the latents, told by their channels.
+
+They are named as in a config's ``conditioning``:
+
+``inpaint``: a mask, and latents of the masked picture (``StableDiffusionInpaintPipeline``);
+``image``: another picture's latents (``StableDiffusionInstructPix2PixPipeline``, Brooks et al. 2023);
+``low_resolution``: the picture, small, with noise of a told level (``StableDiffusionUpscalePipeline``).
+"""
+
+from __future__ import annotations
+
+from ldm.cond import Cond
+from ldm.models.base import Network
+from ldm.models.grow import latent_channels
+
+KINDS = {
+    "inpaint": "a picture and a mask, as StableDiffusionInpaintPipeline takes them",
+    "image": "a picture, as StableDiffusionInstructPix2PixPipeline takes it",
+    "low_resolution": "a small picture, as StableDiffusionUpscalePipeline takes it",
+}
+
+
+def extra_channels(kind: str, latents: int) -> int:
+    """How many channels a kind adds to so many latent ones."""
+    return {"inpaint": 1 + latents, "image": latents, "low_resolution": 3}[kind]
+
+
+def kind_of(net: Network) -> str | None:
+    """What a network is shown beside the latents; of two kinds with as many channels, by whether it is told a noise
+    level. None: nothing.
+
+    Raises:
+        ValueError: it has as many more as no kind has.
+    """
+    latents, total = latent_channels(net), net.config["in_channels"]
+    if total == latents:
+        return None
+    fits = [kind for kind in KINDS if latents + extra_channels(kind, latents) == total]
+    if len(fits) > 1:
+        labels = net.config.get("num_class_embeds") is not None
+        fits = [kind for kind in fits if (kind == "low_resolution") == labels]
+    if not fits:
+        known = ", ".join(f"{latents + extra_channels(kind, latents)} ({kind})" for kind in KINDS)
+        raise ValueError(
+            f"the network's in_channels is {total}, for latents of {latents}: expected {latents} (text alone), {known}"
+        )
+    return fits[0]
+
+
+def check_shown(net: Network, latents: int, cond: Cond) -> None:
+    """Raises ValueError where a network is shown something beside the latents, and ``cond`` has no ``extra``."""
+    total = net.config["in_channels"]
+    if cond.extra is None and total > latents:
+        raise ValueError(
+            f"the network takes {total} channels, {total - latents} more than the latents' {latents}: it draws from "
+            f"{KINDS[kind_of(net) or 'image']}, not from text alone"
+        )

@@ -1,0 +1,297 @@
+"""A config for somebody's pictures: defaults by the family of the base, the number of pictures and the memory there is.
+
+What is chosen is what people take who train such models often; it is written down as a config and can be changed there.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import yaml
+
+from .config import _Dumper, _override, parse
+from .fit import ConfigError
+from .schema import AdaptConfig
+from .tables import DataError
+
+Method = Literal["lora", "dreambooth", "textual_inversion", "finetune"]
+METHODS = ("lora", "dreambooth", "textual_inversion", "finetune")
+VIEWS = ("a photo of {}", "a close-up of {}", "a bright picture of {}", "a rendering of {}")  # textual inversion's
+BATCHES = (8, 4, 2, 1)
+
+
+class Habits(NamedTuple):
+    """Of a family: resolution where the base tells none, and how it is sampled."""
+
+    resolution: int
+    steps: int
+    guidance_scale: float
+
+
+HABITS = {
+    "sd": Habits(512, 30, 7.5),
+    "sdxl": Habits(1024, 30, 6.0),
+    "sd3": Habits(1024, 28, 5.0),
+    "pixart": Habits(512, 20, 4.5),
+}
+
+
+class Pictures(NamedTuple):
+    """How many there are, and where their captions come from."""
+
+    count: int
+    captions: Literal["metadata", "files", "none"]
+    told: bool  # the trigger is in some of them
+
+
+def adapt_config(
+    base: str,
+    images: str | Path,
+    trigger: str,
+    out: str | Path | None = None,
+    *,
+    method: Method = "lora",
+    overrides: Sequence[str] = (),
+    fitted: bool = True,
+) -> AdaptConfig:
+    """The config that ``ldm adapt`` runs.
+
+    Args:
+        base: as of a config: a pipeline folder, a run, a hub name or a single file.
+        images: folder of pictures, with a caption in a.txt beside each a.jpg, with a metadata.jsonl, or with neither.
+        trigger: what a prompt is to say, as "sks dog".
+        out: of the run; outputs/ and the trigger if not given.
+        method: ``dreambooth`` takes the trigger without its first word for the class.
+        overrides: ``key=value`` of the config, which have the last word.
+        fitted: try batches and gradient checkpointing until a step fits into the memory that is free.
+    Raises:
+        ConfigError: the base is not there or no pipeline, the trigger says nothing to its tokenizer, or has no class.
+        DataError: no folder, no pictures in it, or captions beside some of them alone.
+    """
+    if method not in METHODS:
+        raise ConfigError(f"--method {method}: expected one of {', '.join(METHODS)}")
+    trigger = " ".join(trigger.split())
+    if not trigger:
+        raise ConfigError("--trigger: says nothing; give a rare word and what it is, as 'sks dog'")
+    found = look(Path(images).expanduser(), trigger)
+    out = Path(out) if out is not None else Path("outputs") / (re.sub(r"\W+", "_", trigger).strip("_") or "adapted")
+    raw = _choices(base, Path(images), trigger, out, method, found)
+    opened = _opened(raw)
+    raw["data"]["resolution"] = opened.resolution or HABITS[opened.family].resolution
+    how = HABITS[opened.family]
+    flow = opened.net.get("_class_name", "").startswith("UNet") and not _is_chain(opened)
+    raw["sample"] |= {"num_inference_steps": how.steps, "guidance_scale": 3.0 if flow else how.guidance_scale}
+    if _is_chain(opened) and method != "textual_inversion":
+        raw["weighting"] = {"name": "min_snr", "gamma": 5.0}
+    _check_trigger(opened.folder, trigger)
+    for text in overrides:
+        _override(raw, text)
+    config = _parsed(raw)
+    said = {text.split("=")[0] for text in overrides}
+    return _fitted(config, said) if fitted else config
+
+
+def look(images: Path, trigger: str) -> Pictures:
+    """At a folder of pictures, by its names and captions alone."""
+    from .sources import pictures_in
+
+    if not images.is_dir():
+        raise DataError(f"--images {images}: no such folder")
+    files = [Path(x) for x in pictures_in(images)]
+    if not files:
+        raise DataError(f"--images {images}: no pictures in it, whose names end in .jpg, .png, .webp and the like")
+    if any(images.rglob("metadata.*")):
+        texts = [
+            x.read_text(encoding="utf-8", errors="replace")
+            for x in images.rglob("metadata.*")
+            if x.suffix != ".parquet"
+        ]
+        return Pictures(len(files), "metadata", any(trigger.lower() in text.lower() for text in texts))
+    beside = [file.with_suffix(".txt") for file in files]
+    there = [file for file in beside if file.is_file()]
+    if not there:
+        return Pictures(len(files), "none", False)
+    if len(there) < len(files):
+        (first, *_) = [file for file in beside if not file.is_file()]
+        raise DataError(
+            f"--images {images}: {len(there)} of {len(files)} pictures have a caption in a .txt file beside them, "
+            f"{first.name} is missing; write the others, or take all away"
+        )
+    told = any(trigger.lower() in x.read_text(encoding="utf-8", errors="replace").lower() for x in there)
+    return Pictures(len(files), "files", told)
+
+
+# --- what is chosen --------------------------------------------------------------------------------------------------
+
+
+def _choices(base: str, images: Path, trigger: str, out: Path, method: Method, found: Pictures) -> dict[str, Any]:
+    n = found.count
+    data: dict[str, Any] = {"path": str(images)}
+    raw: dict[str, Any] = {"task": "adapt", "output_dir": str(out), "base": base, "data": data}
+    prompts = [trigger, f"a photo of {trigger}", f"{trigger} in the snow", f"a drawing of {trigger}"]
+    optimizer: dict[str, Any] = {"learning_rate": 1e-4, "lr_scheduler": "cosine", "lr_warmup_images": 200}
+    seen = min(max(100 * n, 1_600), 20_000)  # a hundred times each, and not fewer than a style takes
+    if found.captions == "none":
+        data["instance_prompt"] = trigger
+    elif not found.told:
+        data["caption_templates"] = [f"{trigger}, {{}}"]
+    if method in ("lora", "dreambooth"):
+        raw["lora"] = {"rank": 8 if n < 10 else 16 if n < 100 else 32, "target_modules": "attention"}
+        raw["caption_dropout"] = 0.05
+    if method == "dreambooth":
+        _, _, kind = trigger.partition(" ")
+        if not kind:
+            raise ConfigError(f"--trigger {trigger}: dreambooth needs the class too, as '{trigger} dog'")
+        raw |= {"prior": {"class_prompt": kind, "num_class_images": max(50, 20 * n)}, "caption_dropout": 0.0}
+        prompts[-1] = kind
+        seen *= 2  # half of them are of the class
+    if method == "textual_inversion":
+        *rare, last = trigger.split()
+        token = rare[0] if rare else last
+        token = token if token.startswith("<") else f"<{token}>"
+        sources = [{"path": str(images), "instance_prompt": view.format(token)} for view in VIEWS]
+        raw["data"] = {"sources": sources}  # captions would tell what the new word is to tell
+        raw |= {"train_denoiser": False, "new_tokens": [{"token": token, "num_vectors": 4}], "caption_dropout": 0.0}
+        optimizer = {"learning_rate": 5e-3, "lr_scheduler": "constant", "adam_weight_decay": 0.0}
+        prompts = [view.format(token) for view in VIEWS]
+        seen = 8_000
+    if method == "finetune":
+        optimizer = {"learning_rate": 1e-5, "lr_warmup_images": min(2_000, seen // 10)}
+        raw |= {"caption_dropout": 0.1}
+        seen = min(max(50 * n, 4_000), 500_000)
+    often = max(seen // 4, 1)
+    train = {"images": seen, "log_every": max(seen // 50, 1), "checkpoint_every": often}
+    train |= {"validate_every": often, "sample_every": often}
+    return raw | {"optimizer": optimizer, "train": train, "sample": {"prompts": prompts}}
+
+
+def _parsed(raw: dict[str, Any]) -> AdaptConfig:
+    config = parse(raw, "ldm adapt")
+    assert isinstance(config, AdaptConfig)
+    return config
+
+
+def _opened(raw: dict[str, Any]) -> Any:
+    """The base, before it is known what resolution it is for."""
+    from .base import _folder, _read
+
+    try:
+        return _read(_folder(_parsed(raw)), raw.get("variant"))
+    except (ValueError, OSError) as error:
+        raise ConfigError(f"--base: {error}".replace("--base: base: ", "--base: ")) from error
+
+
+def _is_chain(base: Any) -> bool:
+    from ldm.paths import DiscreteVP
+
+    return isinstance(base.schedule.path, DiscreteVP)
+
+
+def _check_trigger(folder: Path, trigger: str) -> None:
+    """Every tokenizer of the base reads something of the trigger, without the encoders' weights."""
+    from transformers import AutoTokenizer
+
+    for name in ("tokenizer", "tokenizer_2", "tokenizer_3"):
+        if not (folder / name / "tokenizer_config.json").is_file():
+            continue
+        tokenizer: Any = AutoTokenizer.from_pretrained(str(folder / name))
+        nothing = {tokenizer.unk_token_id, tokenizer.convert_tokens_to_ids("▁")}
+        if set(tokenizer(trigger, add_special_tokens=False).input_ids) <= nothing:
+            raise ConfigError(
+                f"--trigger {trigger!r}: says nothing to the base's {name}, which splits it into nothing that it knows; "
+                "choose letters that it knows, as 'sks dog'"
+            )
+
+
+def _fitted(config: AdaptConfig, said: set[str]) -> AdaptConfig:
+    """With the largest batch of 8, 4, 2, 1 that a step has room for, as many steps all the same at four pictures at
+    once, and with gradient checkpointing where it is needed for two. What the overrides say stays as it is."""
+    import torch
+
+    from . import measure
+    from .arithmetic import training_memory
+    from .base import frozen_bytes
+    from .preflight import ROOM, precision
+    from .sizes import network_of
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    room, mixed = ROOM * measure.free_memory(device), precision(config.train.mixed_precision)
+    autocast = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(mixed)
+    batches = (config.train.batch_size,) if "train.batch_size" in said else BATCHES
+    shares = (config.train.gradient_checkpointing,) if "train.gradient_checkpointing" in said else (0.0, 1.0)
+    tried = [
+        (batch, share) for share in shares for batch in batches if batch > 1 or share == shares[-1] or batches == (1,)
+    ]
+    made = config
+    for batch, share in tried:
+        accumulate = (
+            {}
+            if "train.gradient_accumulation_steps" in said or batch >= 4
+            else {"gradient_accumulation_steps": 4 // batch}
+        )
+        train = config.train.model_copy(update={"batch_size": batch, "gradient_checkpointing": share, **accumulate})
+        made = config.model_copy(update={"train": train})
+        memory = training_memory(
+            *network_of(made), batch, averaged=bool(config.ema_decay), autocast=autocast,
+            state_bytes=config.optimizer.state_bytes, frozen_bytes=frozen_bytes(made, device, mixed),
+        )  # fmt: skip
+        if memory.total <= room:
+            return made
+    return made  # check says what would fit
+
+
+# --- the command -----------------------------------------------------------------------------------------------------
+
+
+def written(config: AdaptConfig) -> str:
+    """The config as a person would write it: what is a default is left out."""
+    told = json.loads(config.model_dump_json(exclude_defaults=True))
+    for section, value in told.items():  # a kind is told by its name, which is a default of it
+        kind = getattr(config, section)
+        if isinstance(value, dict) and hasattr(kind, "name"):
+            told[section] = {"name": kind.name, **value}
+    return yaml.dump({"task": config.task, **told}, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
+
+
+def adapt(
+    base: str,
+    images: Path,
+    trigger: str,
+    method: Method = "lora",
+    out: Path | None = None,
+    yes: bool = False,
+    overrides: Sequence[str] = (),
+) -> Path | None:
+    """Write the config to OUT.yaml, show it, check it, ask, train. Returns the run's folder; None if the answer is no.
+
+    Raises:
+        ConfigError, DataError: as ``adapt_config``; or OUT.yaml is there and says something else.
+    """
+    import typer
+
+    from .fit import check_together
+    from .preflight import report
+    from .run import check_folder, train_all
+
+    config = adapt_config(base, images, trigger, out, method=method, overrides=overrides)
+    run = Path(config.output_dir)
+    file, text = run.with_name(run.name + ".yaml"), written(config)
+    if file.is_file() and file.read_text(encoding="utf-8") != text:
+        raise ConfigError(
+            f"{file}: is there and says something else; `ldm train {file}` runs it, or give another --out"
+        )
+    check_together([config])
+    check_folder(config)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(text, encoding="utf-8")
+    print(f"# {file}\n{text}")
+    opened: dict[str, Any] = {}
+    report([config], opened=opened)
+    if not yes and not typer.confirm(f"Train? (`ldm train {file}` does so later)", default=True):
+        return None
+    train_all([config], opened=opened)
+    return run

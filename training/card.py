@@ -1,0 +1,229 @@
+"""The model card: README.md of what a run made, as the hub reads it and as a person does."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from .config import dump
+from .schema import AdaptConfig
+
+GRID = "samples.png"
+PACKAGES = ("latent-t2i", "torch", "diffusers", "transformers", "peft")
+LORA, TOKENS = "pytorch_lora_weights.safetensors", "learned_embeds.safetensors"
+KNOWN_LICENSES = {  # beginnings of licence texts, as the hub names them
+    "apache license": "apache-2.0",
+    "mit license": "mit",
+    "creativeml open rail++-m": "openrail++",
+    "creativeml open rail-m": "creativeml-openrail-m",
+    "cc0": "cc0-1.0",
+}
+
+
+def write_card(
+    folder: str | Path, config: AdaptConfig, *, data: Mapping[str, Any] | None = None, samples: str | Path | None = None
+) -> Path:
+    """Write ``folder/README.md`` about what lies there: a pipeline, or a LoRA and new tokens.
+
+    Args:
+        folder: RUN/pipeline or RUN/adapter, finished.
+        data: of the pictures, as ``data.check_rows`` counts them; captions are not told.
+        samples: the run's last grid of pictures, which is copied beside as samples.png.
+    Returns:
+        the file.
+    """
+    folder = Path(folder)
+    if samples is not None:
+        shutil.copyfile(samples, folder / GRID)
+    text = "\n".join([*_front(config, folder), "", *_body(config, folder, dict(data or {}))]) + "\n"
+    (folder / "README.md").write_text(text, encoding="utf-8")
+    return folder / "README.md"
+
+
+def trigger_words(config: AdaptConfig) -> list[str]:
+    """What a prompt must hold for the adaptation to show: instance prompts and new tokens."""
+    prompts = [config.data.instance_prompt, *(source.instance_prompt for source in config.data.sources)]
+    return list(dict.fromkeys([word for word in prompts if word] + [new.token for new in config.new_tokens]))
+
+
+def license_of(base: str | Path) -> tuple[str | None, str | None]:
+    """The licence that a base's folder tells: its name on the hub, and where that is read. (None, None): not told."""
+    root = Path(base)
+    for place in (root, root / "pipeline"):
+        readme = place / "README.md"
+        if readme.is_file():
+            told = _front_of(readme.read_text(encoding="utf-8", errors="replace")).get("license")
+            if isinstance(told, str):
+                return told, "README.md"
+        for file in sorted([*place.glob("LICENSE*"), *place.glob("LICENCE*")]):
+            start = " ".join(file.read_text(encoding="utf-8", errors="replace")[:300].lower().split())
+            for words, name in KNOWN_LICENSES.items():
+                if words in start:
+                    return name, file.name
+            return "other", file.name
+    return None, None
+
+
+# --- what the hub reads ----------------------------------------------------------------------------------------------
+
+
+def _front(config: AdaptConfig, folder: Path) -> list[str]:
+    tags = ["text-to-image", "diffusers", "diffusers-training"]
+    tags += ["lora"] if (folder / LORA).is_file() else []
+    tags += ["textual_inversion"] if config.new_tokens else []
+    tags += ["dreambooth"] if config.prior else []
+    front: dict[str, Any] = {
+        "base_model": _named(config.base),
+        "library_name": "diffusers",
+        "license": license_of(config.base)[0] or "other",
+        "pipeline_tag": "text-to-image",
+        "tags": tags,
+    }
+    if not _is_hub_name(config.base):
+        front.pop("base_model")  # the hub takes nothing but its own names
+    if words := trigger_words(config):
+        front["instance_prompt"] = words[0]
+    picture = {"output": {"url": GRID}} if (folder / GRID).is_file() else {}
+    front["widget"] = [{"text": prompt, **picture} for prompt in config.sample.prompts[:4]]
+    if not front["widget"]:
+        front.pop("widget")
+    return ["---", *yaml.safe_dump(front, sort_keys=False, allow_unicode=True).splitlines(), "---"]
+
+
+def _front_of(text: str) -> dict[str, Any]:
+    found = re.match(r"---\s*\n(.*?)\n---", text, re.DOTALL)
+    try:
+        told = yaml.safe_load(found[1]) if found else None
+    except yaml.YAMLError:
+        return {}
+    return told if isinstance(told, dict) else {}
+
+
+def _is_hub_name(base: str) -> bool:
+    return bool(re.fullmatch(r"[\w.-]+/[\w.-]+", base)) and not Path(base).exists()
+
+
+def _named(base: str) -> str:
+    """A hub name, or a folder's last name: paths of somebody's machine stay there."""
+    if _is_hub_name(base):
+        return base
+    path = Path(base)
+    return path.parent.name if path.name == "pipeline" and path.parent.name else path.name
+
+
+# --- what a person reads ---------------------------------------------------------------------------------------------
+
+
+def _body(config: AdaptConfig, folder: Path, data: dict[str, Any]) -> list[str]:
+    words, kind = trigger_words(config), _kind(config, folder)
+    lines = [f"# {Path(config.output_dir).name}", "", f"{kind} of `{_named(config.base)}`."]
+    if words:
+        lines += ["", f"Prompts need {' or '.join(f'`{word}`' for word in words)}."]
+    lines += ["", "## Use", "", "```python", *_code(config, folder), "```"]
+    if (folder / GRID).is_file():
+        lines += ["", "## Samples", "", f"![Pictures drawn from the prompts of the config]({GRID})"]
+    lines += ["", "## Licence", "", _licence(config.base)]
+    lines += ["", "## Training", "", *_training(config, data)]
+    shown = config.model_copy(update={"base": _named(config.base), "output_dir": Path(config.output_dir).name})
+    lines += ["", "<details><summary>Config</summary>", "", "```yaml", dump(_private(shown)).rstrip(), "```", ""]
+    return [*lines, "</details>", "", "Made with " + ", ".join(_versions()) + "."]
+
+
+def _kind(config: AdaptConfig, folder: Path) -> str:
+    if (folder / "model_index.json").is_file():
+        return "A fine-tune (all weights of the denoiser)"
+    parts = ["a LoRA"] if config.lora else []
+    parts += ["new words for the text encoders (textual inversion)"] if config.new_tokens else []
+    text = " and ".join(parts) or "an adaptation"
+    return text[0].upper() + text[1:] + (", trained with prior preservation," if config.prior else "")
+
+
+def _code(config: AdaptConfig, folder: Path) -> list[str]:
+    """Runs with the working directory beside the README, and where ``base`` is what the config says."""
+    words = trigger_words(config)
+    prompt = next(iter(config.sample.prompts), None) or next(iter(words), "a photo")
+    whole = (folder / "model_index.json").is_file()
+    lines = ["import torch", "from diffusers import DiffusionPipeline", ""]
+    if whole:
+        lines += ['pipe = DiffusionPipeline.from_pretrained(".")  # this folder']
+    else:
+        lines += [f"base = {_base(config)!r}", "pipe = DiffusionPipeline.from_pretrained(base)"]
+    peft = (folder / "adapter_config.json").is_file()
+    if peft:  # PixArt's pipelines have no loader of LoRAs
+        lines.insert(2, "from peft import PeftModel")
+        lines += ['pipe.transformer = PeftModel.from_pretrained(pipe.transformer, ".").merge_and_unload()']
+    elif (folder / LORA).is_file():
+        lines += ['pipe.load_lora_weights(".")']
+    lines += [
+        f'pipe.load_textual_inversion("{file.name}")' for file in sorted(folder.glob("learned_embeds*.safetensors"))
+    ]
+    lines += ['pipe.to("cuda" if torch.cuda.is_available() else "cpu")', ""]
+    how = f"num_inference_steps={config.sample.num_inference_steps}, guidance_scale={config.sample.guidance_scale}"
+    return [*lines, f"image = pipe({prompt!r}, {how}).images[0]", 'image.save("picture.png")']
+
+
+def _base(config: AdaptConfig) -> str:
+    folder = Path(config.base)
+    if _is_hub_name(config.base):
+        return config.base
+    return str(folder / "pipeline" if (folder / "pipeline").is_dir() else folder)
+
+
+def _licence(base: str) -> str:
+    name, file = license_of(base)
+    if name is None:
+        told = "on its page on the hub" if _is_hub_name(base) else "nowhere in its folder"
+        return (
+            f"Unknown: the licence of the base is told {told}, and what is made from it is bound by it. "
+            "Look it up before you pass this on; the pictures that it was trained on have terms of their own."
+        )
+    return f"`{name}`, as the base's {file} says. The pictures that it was trained on have terms of their own."
+
+
+def _training(config: AdaptConfig, data: dict[str, Any]) -> list[str]:
+    train = config.train
+    facts = {
+        "pictures": data.get("rows"),
+        "images seen": f"{train.images:,}",
+        "batch": train.batch_size * train.gradient_accumulation_steps,
+        "resolution": config.data.resolution,
+        "optimizer": f"{config.optimizer.name}, learning rate {config.optimizer.learning_rate:g}",
+        "LoRA rank": config.lora.rank if config.lora else None,
+        "new words": ", ".join(f"`{new.token}` ({new.num_vectors})" for new in config.new_tokens) or None,
+        "class pictures": f"{config.prior.num_class_images}, {config.prior.class_prompt!r}" if config.prior else None,
+        "text encoders": "trained too" if config.train_text_encoder else None,
+        "seed": config.seed,
+    }
+    return [f"- {name}: {value}" for name, value in facts.items() if value is not None]
+
+
+def _private(config: AdaptConfig) -> AdaptConfig:
+    """Without the folders of the machine that it was made on."""
+    data = config.data
+    sources = tuple(source.model_copy(update={"path": _last(source.path)}) for source in data.sources)
+    data = data.model_copy(update={"path": data.path and _last(data.path), "sources": sources})
+    prior = config.prior and config.prior.model_copy(
+        update={"class_data_dir": config.prior.class_data_dir and _last(config.prior.class_data_dir)}
+    )
+    cache = config.cache.model_copy(update={"dir": config.cache.dir and _last(config.cache.dir)})
+    return config.model_copy(update={"data": data, "prior": prior, "cache": cache})
+
+
+def _last(path: str) -> str:
+    return path if path.startswith("hub:") else Path(path).name
+
+
+def _versions() -> list[str]:
+    found = []
+    for name in PACKAGES:
+        try:
+            found.append(f"{name} {metadata.version(name)}")
+        except metadata.PackageNotFoundError:
+            continue
+    return found
