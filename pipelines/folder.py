@@ -42,7 +42,7 @@ from .stock import (
 log = logging.getLogger(__name__)
 INDEX = "model_index.json"
 LEFT_OUT = {("sdxl", "text_encoder"), ("sd3", "text_encoder_3")}  # what may be absent from a stock folder
-NOTES = {"README.md", "LICENSE", ".gitattributes"}  # what else a pipeline folder may hold at its top
+NOTES = {"README.md", "samples.png", "LICENSE", ".gitattributes"}  # what else a pipeline folder may hold at its top
 
 
 # --- out ---------------------------------------------------------------------------------------------------------

@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
-from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from ldm.models.new_tokens import GrownEmbedding

@@ -132,8 +132,8 @@ def check_layer(name: str, layer: nn.Module, rank: int, settings: LoraSettings) 
         raise ValueError(f"LoRA init {settings.init!r} is for linear layers, {name} is a convolution; take 'default'")
     if settings.init == "orthogonal" and rank % 2:
         raise ValueError(f"LoRA init 'orthogonal' needs an even rank, {name} has {rank}")
-    if settings.init in FROM_BASE and is_quantized(layer):
-        raise ValueError(f"LoRA init {settings.init!r} changes the base's weights, but {name} is quantized")
+    if settings.init not in ("default", "gaussian") and is_quantized(layer):
+        raise ValueError(f"LoRA init {settings.init!r} needs the weights, but {name} is quantized; take 'default'")
     if settings.dora and getattr(layer.weight, "dtype", None) == torch.int8:  # peft forgets its scales on a CPU
         raise ValueError(f"dora over int8, as {name} is, is not taken; take nf4")
     if settings.init == "pissa" and layer.weight.dtype == torch.float64:

@@ -31,8 +31,8 @@ def quantize(module: nn.Module, kind: Kind) -> list[str]:
     Returns:
         The names of the layers that were replaced.
     Raises:
-        ValueError: another kind; bitsandbytes is not installed; there is no such layer, it is quantized already, holds a
-            LoRA, or its weights are of a type that is not taken.
+        ValueError: another kind; bitsandbytes is not installed; the network has no such layer, is quantized already,
+            holds a LoRA, or its weights are of a type that is not taken.
     """
     name = type(module).__name__
     if kind not in KINDS:

@@ -16,7 +16,7 @@ from typing import Any
 from tests.killed import configs, forked, one_run, prepared, trained
 
 WORLD = 2
-LIMIT = 60.0  # seconds in which the one that is left must have ended: both timeouts are far below
+LIMIT = 240.0  # seconds in which the one that is left must have ended: both timeouts are below
 
 
 def job(raw: dict[str, Any], said: Path, train: Callable[[dict[str, Any]], None] = one_run) -> list[int]:
@@ -91,7 +91,7 @@ def tasks_together(root: Path, tasks: tuple[str, ...], kills: int, seed: int, tr
 
     training.evaluate.report.write_report = lambda *a, **k: None  # of the forks too: drawn outside the loop, slowly
     moments, told = random.Random(seed), {}
-    how = {"timeout_minutes": 0.2, "processes": WORLD, **train}
+    how = {"timeout_minutes": 2, "processes": WORLD, **train}
     for task in tasks:
         start = time.monotonic()
         done(configs(root, root, **how)[task], root / task)
@@ -118,7 +118,7 @@ def one_and_two(root: Path, tasks: tuple[str, ...]) -> None:
     prepared(root)
     lines = root / "data" / "test" / "metadata.jsonl"
     lines.write_text("".join(lines.read_text().splitlines(keepends=True)[:3]))
-    how = {"images": 16, "log_every": 8, "validate_every": 8, "timeout_minutes": 0.5}
+    how = {"images": 16, "log_every": 8, "validate_every": 8, "timeout_minutes": 3}
     one, two = configs(root, root, **how, batch_size=4), configs(root, root / "two", **how)
     for raw in (one["vae"], two["vae"]):
         raw["loss"] = {}
@@ -132,7 +132,7 @@ def shared_out(root: Path, train: dict[str, Any]) -> None:
     asks for, in ROOT/fsdp2 and, with
     ``fsdp_reshard_after_forward: false``, in ROOT/kept: trained and exported by both, and exported by one again."""
     prepared(root)
-    how = {"images": 24, "log_every": 8, "validate_every": 16, "sample_every": 16, "timeout_minutes": 0.5, **train}
+    how = {"images": 24, "log_every": 8, "validate_every": 16, "sample_every": 16, "timeout_minutes": 3, **train}
     one, two = configs(root, root, **how, batch_size=4), configs(root, root / "two", **how)
     sample = {"prompts": ["red box 2", "blue box 5"], "num_inference_steps": 3, "seed": 5}
     trained(one["clip"] | {"train": {**one["clip"]["train"], "images": 8}}, root / "clip.txt")

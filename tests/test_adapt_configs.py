@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from diffusers import DiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file
@@ -26,20 +27,10 @@ FAMILY = {
     "openmoji/textual_inversion": "sd",
 }  # fmt: skip
 SUBJECTS = ["dreambooth", "textual_inversion", "openmoji/dreambooth", "openmoji/textual_inversion"]
-MORE = {  # a tiny vocabulary knows other words, and a tiny matrix has no rank 16
-    "sdxl_lora": ["lora.rank=4"],
-    "sd15_lora": ["lora.rank=4"],
-    "sd3_lora": ["lora.rank=4"],
-    "pixart_lora": ["lora.rank=4"],
-    "dreambooth": [
-        "lora.rank=4",
-        "lora.text_encoder_rank=2",
-        "prior.num_class_images=2",
-        "prior.num_inference_steps=2",
-    ],
-    "openmoji/lora": ["lora.rank=4"],
-    "openmoji/dreambooth": ["lora.rank=4", "prior.num_class_images=2", "prior.num_inference_steps=2"],
-    "textual_inversion": ["new_tokens.0.initializer_token=apple"],
+PRIOR = ["prior.num_class_images=2", "prior.num_inference_steps=2"]
+MORE = {name: ["lora.rank=4"] for name in FAMILY if name.endswith("lora")} | {  # a tiny matrix has no rank of 16
+    "dreambooth": ["lora.rank=4", "lora.text_encoder_rank=2", *PRIOR],
+    "openmoji/dreambooth": ["lora.rank=4", *PRIOR],
 }
 
 
@@ -63,23 +54,19 @@ def pictures(root: Path) -> Path:
 
 def made_small(name: str, root: Path, pictures: Path) -> AdaptConfig:
     """The config with a tiny base and two steps; all else as it is written."""
-    import yaml
-
     written = yaml.safe_load((ROOT / f"configs/{name}.yaml").read_text())
-    data = f"data.path={pictures}"
+    data, tokens = f"data.path={pictures}", []
     if "sources" in written["data"]:
         sources = [{**source, "path": str(pictures)} for source in written["data"]["sources"][:2]]
         data = f"data.sources={json.dumps(sources)}"
-    if "new_tokens" in written:
-        data_token = [{**new, "initializer_token": None} for new in written["new_tokens"]]
-        tokens = [f"new_tokens={json.dumps(data_token)}"]
-    else:
-        tokens = []
+    if "new_tokens" in written:  # a tiny vocabulary knows other words
+        unknown = [{**new, "initializer_token": None} for new in written["new_tokens"]]
+        tokens = [f"new_tokens={json.dumps(unknown)}"]
     small = [data, *tokens, f"base={base(FAMILY[name], root)}", f"output_dir={root / 'runs' / name.replace('/', '_')}"]
     small += ["data.resolution=16", "train.images=4", "train.batch_size=2", "train.gradient_accumulation_steps=1"]
     small += ["train.num_workers=0", "train.log_every=2", "train.mixed_precision=no", "cache.precision=fp32"]
     small += ["sample.num_inference_steps=2", "train.report_to=none"]
-    config = load(ROOT / f"configs/{name}.yaml", [*small, *[x for x in MORE.get(name, []) if "new_tokens" not in x]])
+    config = load(ROOT / f"configs/{name}.yaml", [*small, *MORE.get(name, [])])
     assert isinstance(config, AdaptConfig)
     return config
 

@@ -57,6 +57,16 @@ def test_killed_for_minutes_together(workers: int, tmp_path: Path):
     seed = random.randrange(10**6)
     for _ in range(3):
         root = tmp_path / str(seed)
-        made(root, TASKS, 6, seed, 80, num_workers=workers, async_checkpoint=bool(workers), keep_best=False)
+        made(
+            root,
+            TASKS,
+            6,
+            seed,
+            80,
+            timeout_minutes=0.5,
+            num_workers=workers,
+            async_checkpoint=bool(workers),
+            keep_best=False,
+        )
         print(seed, workers, json.loads((root / "kills.json").read_text()), flush=True)
         seed += 1

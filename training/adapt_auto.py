@@ -202,7 +202,7 @@ def _check_trigger(folder: Path, trigger: str) -> None:
         nothing = {tokenizer.unk_token_id, tokenizer.convert_tokens_to_ids("▁")}
         if set(tokenizer(trigger, add_special_tokens=False).input_ids) <= nothing:
             raise ConfigError(
-                f"--trigger {trigger!r}: says nothing to the base's {name}, which splits it into nothing that it knows; "
+                f"--trigger {trigger!r}: says nothing to the base's {name}, which finds nothing in it that it knows; "
                 "choose letters that it knows, as 'sks dog'"
             )
 
@@ -223,17 +223,14 @@ def _fitted(config: AdaptConfig, said: set[str]) -> AdaptConfig:
     autocast = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(mixed)
     batches = (config.train.batch_size,) if "train.batch_size" in said else BATCHES
     shares = (config.train.gradient_checkpointing,) if "train.gradient_checkpointing" in said else (0.0, 1.0)
-    tried = [
-        (batch, share) for share in shares for batch in batches if batch > 1 or share == shares[-1] or batches == (1,)
-    ]
     made = config
-    for batch, share in tried:
-        accumulate = (
-            {}
-            if "train.gradient_accumulation_steps" in said or batch >= 4
-            else {"gradient_accumulation_steps": 4 // batch}
-        )
-        train = config.train.model_copy(update={"batch_size": batch, "gradient_checkpointing": share, **accumulate})
+    for share, batch in ((share, batch) for share in shares for batch in batches):
+        if batch == 1 and share < shares[-1]:
+            continue  # checkpointing first
+        update: dict[str, Any] = {"batch_size": batch, "gradient_checkpointing": share}
+        if "train.gradient_accumulation_steps" not in said and batch < 4:
+            update["gradient_accumulation_steps"] = 4 // batch
+        train = config.train.model_copy(update=update)
         made = config.model_copy(update={"train": train})
         memory = training_memory(
             *network_of(made), batch, averaged=bool(config.ema_decay), autocast=autocast,

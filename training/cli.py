@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import sys
-from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+
+from .cli_inspect import app as inspect_app
+from .cli_lora import app as lora_app
+from .says import say
 
 app = typer.Typer(
     name="ldm",
@@ -17,11 +20,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 data_app = typer.Typer(help="Make a data set.", no_args_is_help=True)
-inspect_app = typer.Typer(
-    help="Say what is inside a data set or a pipeline folder, or draw a path.", no_args_is_help=True
-)
 app.add_typer(data_app, name="data")
 app.add_typer(inspect_app, name="inspect")
+app.add_typer(lora_app, name="lora")
 
 Configs = Annotated[
     list[str], typer.Argument(help="Config files in the order to run, and key=value overrides for all.")
@@ -65,6 +66,30 @@ def openmoji(
     print(render(out, size, chosen))
 
 
+@data_app.command()
+def style(
+    out: Annotated[Path, typer.Option(help="Folder to make.")],
+    size: Annotated[int, typer.Option(help="Side of the pictures in pixels.")] = 64,
+    count: Annotated[int, typer.Option(help="How many to train on; the other concepts are held out.")] = 40,
+    source: Annotated[str, typer.Option(help="ink, drawn here; or noto or fluent, which npm fetches.")] = "ink",
+) -> None:
+    """The demo's concepts in a style that its model has not seen, as an imagefolder: what a LoRA is shown on."""
+    from .styles import style_pictures
+
+    print(style_pictures(out, size, count, source))
+
+
+@data_app.command()
+def subject(
+    out: Annotated[Path, typer.Option(help="Folder to make.")],
+    size: Annotated[int, typer.Option(help="Side of the pictures in pixels.")] = 64,
+) -> None:
+    """Five pictures of one subject that the demo's model has not seen: what DreamBooth is shown on."""
+    from .styles import subject_pictures
+
+    print(subject_pictures(out, size))
+
+
 def _load(configs: list[str], out: Path | None) -> list[Any]:
     """Read, override, relocate and check: all that can be said before torch is imported."""
     from .config import load, relocate
@@ -92,7 +117,7 @@ def train(
 ) -> None:
     """Train the configs in order. What is already made is taken up; a killed run goes on where it was."""
     loaded = _load(configs, out)
-    _logging()
+    say()
     from .run import begun, train_all
 
     opened: dict[str, Any] = {}
@@ -104,10 +129,27 @@ def train(
 
 
 @app.command()
+def adapt(
+    base: Annotated[str, typer.Option(help="Pipeline folder, run, hub name or single file to start from.")],
+    images: Annotated[Path, typer.Option(help="Folder of pictures, with a caption in a.txt beside each a.jpg or not.")],
+    trigger: Annotated[str, typer.Option(help="What prompts will call it by: a rare word and what it is, 'sks dog'.")],
+    method: Annotated[str, typer.Option(help="lora, dreambooth, textual_inversion or finetune.")] = "lora",
+    out: Annotated[Path | None, typer.Option(help="Folder of the run; by default outputs/ and the trigger.")] = None,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Train without asking.")] = False,
+    overrides: Annotated[list[str] | None, typer.Argument(help="key=value overrides of the config.")] = None,
+) -> None:
+    """Teach a finished model your pictures: chooses a config for them, shows it, checks it, trains."""
+    say()
+    from .adapt_auto import adapt as run
+
+    run(base, images, trigger, method, out, yes, overrides or [])  # type: ignore[arg-type]
+
+
+@app.command()
 def check(configs: Configs, out: Out = None) -> None:
     """Check configs and their data, and tell sizes, memory and time, without training."""
     loaded = _load(configs, out)
-    _logging()
+    say()
     from .preflight import report
 
     report(loaded)
@@ -117,7 +159,7 @@ def check(configs: Configs, out: Out = None) -> None:
 def cache(configs: Configs, out: Out = None) -> None:
     """Encode the pictures and captions of diffusion configs ahead of their training, and train nothing."""
     loaded = _load(configs, out)
-    _logging()
+    say()
     from .run import cache_all
 
     cache_all(loaded)
@@ -131,7 +173,7 @@ def ema(
     images: Annotated[int | None, typer.Option(help="Images seen; by default the last snapshot's.")] = None,
 ) -> None:
     """Average a run's weights afterwards, over any width (post-hoc EMA, Karras et al. 2024)."""
-    _logging()
+    say()
     from .posthoc import ema_pipeline
 
     print(ema_pipeline(run, sigma_rel, out, images))
@@ -149,6 +191,10 @@ def sample(
     sampler: Annotated[
         str | None, typer.Option(help="By default the one that the folder's scheduler stands for.")
     ] = None,
+    lora: Annotated[
+        list[str] | None, typer.Option(help="LoRA file, folder or run, as PATH or PATH:WEIGHT; repeat the option.")
+    ] = None,
+    embedding: Annotated[list[Path] | None, typer.Option(help="File of new tokens; repeat the option.")] = None,
     out: Annotated[Path, typer.Option("-o", "--out", help="One picture, or a grid of several.")] = Path("out.png"),
 ) -> None:
     """Draw pictures from a prompt."""
@@ -158,7 +204,7 @@ def sample(
     if out.is_dir() or kind not in Image.SAVE:
         raise ValueError(f"{out}: expected the name of a picture file, for example {out.with_suffix('.png')}")
 
-    _logging()
+    say()
     import torch
 
     from ldm.sampling import SAMPLERS
@@ -169,7 +215,20 @@ def sample(
     if sampler is not None and sampler not in SAMPLERS:
         raise ValueError(f"sampler {sampler!r} is not one of {', '.join(SAMPLERS)}")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    pipe = TextToImagePipeline.from_pretrained(folder).to(device)
+    pipe = TextToImagePipeline.from_pretrained(folder)
+    weights = {}
+    for i, given in enumerate(lora or []):
+        place, _, weight = given.rpartition(":") if not Path(given).exists() else (given, "", "1")
+        try:
+            weights[f"lora_{i}"] = float(weight)
+        except ValueError as error:
+            raise ValueError(f"--lora {given}: no such file or folder (with a weight it is PATH:WEIGHT)") from error
+        pipe.load_lora_weights(place, f"lora_{i}")
+    if weights:
+        pipe.set_adapters(list(weights), list(weights.values()))
+    for file in embedding or []:
+        pipe.load_textual_inversion(file)
+    pipe.to(device)
     (pictures,) = pipe(
         [prompt] * n,
         num_inference_steps=steps,
@@ -207,7 +266,7 @@ def evaluate(
     from .evaluate.report import write_report
     from .evaluate.retrieval import evaluate_retrieval
 
-    _logging()
+    say()
     if not retrieval:
         raise ValueError("evaluate: nothing to measure; give --retrieval")
     with Progress(transient=True) as bar:
@@ -235,84 +294,6 @@ def evaluate(
     print(f"pictures  {out / 'samples.png'}\npipeline  {folder}\nreport    {report}")
 
 
-@inspect_app.command("data")
-def inspect_data(
-    source: Annotated[str, typer.Argument(help="Config file, or a data set: folder, parquet or tar file, hub:name.")],
-    overrides: Annotated[list[str] | None, typer.Argument(help="key=value overrides of the config.")] = None,
-    out: Annotated[Path, typer.Option("-o", "--out", help="HTML file to write.")] = Path("data.html"),
-) -> None:
-    """Look at all rows: what was found, what is left out and why, buckets and crops, captions, duplicates."""
-    from .fit import ConfigError, side_step
-    from .schema import Data
-
-    _logging()
-    config: Any
-    if source.endswith((".yaml", ".yml")):
-        from .config import load
-
-        config, step = load(source, overrides or []), None
-        with suppress(ConfigError):  # the autoencoder may not be there yet
-            step = side_step(config)
-    else:
-        if overrides:
-            raise ConfigError(f"{overrides[0]}: only a config takes overrides, and {source} is a data set")
-        config, step = Data(path=source), None
-    from .inspect_page import write_data_page
-
-    for place in (config if isinstance(config, Data) else config.data).places:
-        if not place.path.startswith("hub:") and "*" not in place.path and not Path(place.path).expanduser().exists():
-            raise ConfigError(f"{place.path}: no such folder or file (a data set of the hub is written hub:owner/name)")
-    print(write_data_page(config, out, step=step))
-
-
-@inspect_app.command("model")
-def inspect_model(folder: str) -> None:
-    """Parts, sizes and schedule of a pipeline folder."""
-    from pipelines.folder import load_parts
-
-    parts = load_parts(folder)
-    for name, module in (("denoiser", parts.net), ("autoencoder", parts.vae), ("text encoder", parts.text)):
-        count = sum(p.numel() for p in module.parameters())
-        print(f"{name}: {type(module).__name__}, {count / 1e6:.2f}M parameters, {next(module.parameters()).dtype}")
-    s = parts.schedule
-    print(
-        f"schedule: {type(s.path).__name__}, {type(s.prediction).__name__}, {s.sampler} on {s.spacing}, shift {s.shift}"
-    )
-    height, width = parts.size
-    print(f"pictures: {width}x{height}, latents of {parts.channels} channels, {parts.vae.latent_scale}")
-
-
-@inspect_app.command("path")
-def inspect_path(
-    configs: Configs,
-    picture: Annotated[Path | None, typer.Option(help="Picture to drown in noise; a drawn one if left out.")] = None,
-    out: Annotated[Path, typer.Option("-o", "--out", help="Picture file to write.")] = Path("path.png"),
-) -> None:
-    """Draw a diffusion config's alpha, sigma, log-SNR and beta, and a picture on its way to noise."""
-    from .config import load
-    from .fit import ConfigError
-    from .schema import DiffusionConfig
-
-    files = [c for c in configs if "=" not in c]
-    if len(files) != 1:
-        raise ConfigError(f"inspect path: expected one config file, got {len(files)}")
-    config = load(files[0], [c for c in configs if "=" in c])
-    if not isinstance(config, DiffusionConfig):
-        raise ConfigError(f"{files[0]}: a {config.task} task has no path from data to noise; a diffusion task has")
-    if picture is not None and not picture.is_file():
-        raise ConfigError(f"{picture}: no such picture file")
-    import torch
-
-    from .evaluate.schedule import chart, draw_path
-    from .objective import path_of
-    from .pictures import decode
-
-    pixels = chart()
-    if picture is not None:
-        pixels = torch.from_numpy(decode(picture.read_bytes(), 256)).float() / 127.5 - 1
-    print(draw_path(path_of(config.path), pixels, out))
-
-
 @app.command()
 def convert(
     source: Annotated[Path, typer.Argument(metavar="IN", help="Pipeline folder, or one file of weights.")],
@@ -329,7 +310,7 @@ def convert(
     ] = None,
 ) -> None:
     """Turn a pipeline folder into the one file that A1111 and ComfyUI read, or such a file into a folder."""
-    _logging()
+    say()
     from pipelines.convert import convert as run
 
     print(run(source, target, dtype=dtype, allow_pickle=allow_pickle, layout=layout, config=config))
@@ -359,30 +340,6 @@ def init(
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_bytes(files[key].read_bytes())
     print(target)
-
-
-def _logging() -> None:
-    """Our own lines, without the libraries' notes on what is not installed."""
-    import logging
-    import os
-
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-
-    from rich.console import Console
-    from rich.logging import RichHandler
-
-    handler = RichHandler(console=Console(stderr=True), show_path=False, show_level=False, markup=False)
-    first = os.environ.get("RANK", "0") == "0"  # of several processes one tells
-    logging.basicConfig(
-        level=logging.INFO if first else logging.WARNING,
-        format="%(message)s",
-        datefmt="%H:%M:%S",
-        handlers=[handler],
-        force=True,
-    )
-    for name in ("httpx", "httpx2", "datasets", "accelerate"):
-        logging.getLogger(name).setLevel(logging.WARNING)
 
 
 if __name__ == "__main__":

@@ -150,6 +150,7 @@ def train_one(config: Config, train_rows: Any, test_rows: Any, resume: str | Pat
 
     from . import loop, measure, processes
     from .arithmetic import training_flops
+    from .card import write_card
     from .evaluate.report import write_report
     from .preflight import precision
     from .sizes import network_of
@@ -183,11 +184,13 @@ def train_one(config: Config, train_rows: Any, test_rows: Any, resume: str | Pat
             log.info("%s: trained; the same command in one process, without FSDP, writes the pipeline", run)
     elif main:
         task.export()
+        if isinstance(config, AdaptConfig):
+            write_card(result_of(config), config, data=_summary(train_rows), samples=_last_grid(run))
         write_report(run, title=f"{config.task}: {run.name}", data=_summary(train_rows))
         took = {"seconds": time.perf_counter() - start, "memory": measure.peak(accelerator.device)}
         (run / DONE).write_text(json.dumps({"inputs": inputs, "took": took}))
-        made = run / ("pipeline" if not isinstance(config, AdaptConfig) or config.whole else "adapter")
-        log.info("%s: done, in %.1f minutes and %.2f GiB", made, took["seconds"] / 60, took["memory"] / 2**30)
+        done = result_of(config), took["seconds"] / 60, took["memory"] / 2**30
+        log.info("%s: done, in %.1f minutes and %.2f GiB", *done)
     accelerator.wait_for_everyone()
     for tracker in accelerator.trackers:  # end_training would also end the process group, which the next run needs
         tracker.finish()
@@ -216,6 +219,16 @@ def cache_all(configs: Sequence[Config]) -> None:
         if accelerator.is_main_process:
             told = ", ".join(f"{n} {what.replace('_', ' ')}" for what, n in made.items())
             log.info("%s: cached, %s", config.output_dir, told)
+
+
+def result_of(config: Config) -> Path:
+    """What the run makes: a pipeline, or a small file that goes with its base."""
+    small = isinstance(config, AdaptConfig) and not config.whole
+    return Path(config.output_dir) / ("adapter" if small else "pipeline")
+
+
+def _last_grid(run: Path) -> Path | None:
+    return max((run / "samples").glob("images_*.png"), default=None)
 
 
 def _summary(rows: Any) -> dict[str, Any]:

@@ -1,0 +1,92 @@
+"""``ldm inspect``: what is inside a data set or a pipeline folder, and what a path looks like."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .says import say
+
+app = typer.Typer(help="Say what is inside a data set or a pipeline folder, or draw a path.", no_args_is_help=True)
+Configs = Annotated[list[str], typer.Argument(help="Config file, and key=value overrides.")]
+
+
+@app.command("data")
+def inspect_data(
+    source: Annotated[str, typer.Argument(help="Config file, or a data set: folder, parquet or tar file, hub:name.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="key=value overrides of the config.")] = None,
+    out: Annotated[Path, typer.Option("-o", "--out", help="HTML file to write.")] = Path("data.html"),
+) -> None:
+    """Look at all rows: what was found, what is left out and why, buckets and crops, captions, duplicates."""
+    from .fit import ConfigError, side_step
+    from .schema import Data
+
+    say()
+    config: Any
+    if source.endswith((".yaml", ".yml")):
+        from .config import load
+
+        config, step = load(source, overrides or []), None
+        with suppress(ConfigError):  # the autoencoder may not be there yet
+            step = side_step(config)
+    else:
+        if overrides:
+            raise ConfigError(f"{overrides[0]}: only a config takes overrides, and {source} is a data set")
+        config, step = Data(path=source), None
+    from .inspect_page import write_data_page
+
+    for place in (config if isinstance(config, Data) else config.data).places:
+        if not place.path.startswith("hub:") and "*" not in place.path and not Path(place.path).expanduser().exists():
+            raise ConfigError(f"{place.path}: no such folder or file (a data set of the hub is written hub:owner/name)")
+    print(write_data_page(config, out, step=step))
+
+
+@app.command("model")
+def inspect_model(folder: str) -> None:
+    """Parts, sizes and schedule of a pipeline folder."""
+    from pipelines.folder import load_parts
+
+    parts = load_parts(folder)
+    for name, module in (("denoiser", parts.net), ("autoencoder", parts.vae), ("text encoder", parts.text)):
+        count = sum(p.numel() for p in module.parameters())
+        print(f"{name}: {type(module).__name__}, {count / 1e6:.2f}M parameters, {next(module.parameters()).dtype}")
+    s = parts.schedule
+    print(
+        f"schedule: {type(s.path).__name__}, {type(s.prediction).__name__}, {s.sampler} on {s.spacing}, shift {s.shift}"
+    )
+    height, width = parts.size
+    print(f"pictures: {width}x{height}, latents of {parts.channels} channels, {parts.vae.latent_scale}")
+
+
+@app.command("path")
+def inspect_path(
+    configs: Configs,
+    picture: Annotated[Path | None, typer.Option(help="Picture to drown in noise; a drawn one if left out.")] = None,
+    out: Annotated[Path, typer.Option("-o", "--out", help="Picture file to write.")] = Path("path.png"),
+) -> None:
+    """Draw a diffusion config's alpha, sigma, log-SNR and beta, and a picture on its way to noise."""
+    from .config import load
+    from .fit import ConfigError
+    from .schema import DiffusionConfig
+
+    files = [c for c in configs if "=" not in c]
+    if len(files) != 1:
+        raise ConfigError(f"inspect path: expected one config file, got {len(files)}")
+    config = load(files[0], [c for c in configs if "=" in c])
+    if not isinstance(config, DiffusionConfig):
+        raise ConfigError(f"{files[0]}: a {config.task} task has no path from data to noise; a diffusion task has")
+    if picture is not None and not picture.is_file():
+        raise ConfigError(f"{picture}: no such picture file")
+    import torch
+
+    from .evaluate.schedule import chart, draw_path
+    from .objective import path_of
+    from .pictures import decode
+
+    pixels = chart()
+    if picture is not None:
+        pixels = torch.from_numpy(decode(picture.read_bytes(), 256)).float() / 127.5 - 1
+    print(draw_path(path_of(config.path), pixels, out))
