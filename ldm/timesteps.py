@@ -111,7 +111,8 @@ def unit(path: Path, prediction: Prediction, t: Tensor) -> Tensor:
 
 
 def min_snr(path: Path, prediction: Prediction, t: Tensor, gamma: float = 5.0) -> Tensor:
-    """min(SNR, gamma) on the x0 error (Hang et al. 2023).
+    """min(SNR, gamma) on the x0 error (Hang et al. 2023): min(SNR, gamma) / SNR for Eps, / (SNR + 1) for V with
+    alpha^2 + sigma^2 = 1, and for Flow on the straight path, whose error is -1 / t of x0's, t^2 min(SNR, gamma).
 
     Raises:
         ValueError: gamma is not above 0.

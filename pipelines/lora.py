@@ -18,6 +18,7 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 
+from ldm.models.base import acts
 from ldm.models.new_tokens import GrownEmbedding
 
 from .lora_files import Component, Layer
@@ -74,7 +75,7 @@ def add_lora(module: nn.Module, settings: LoraSettings, name: str = "default") -
     for live, weight in kept.items():
         layer: Any = module.get_submodule(live)
         start = (layer.lora_A[name].weight, layer.lora_B[name].weight)
-        layer.lora_starts = {**getattr(layer, "lora_starts", {}), name: tuple(p.detach().clone() for p in start)}
+        layer.lora_starts = {**getattr(layer, "lora_starts", {}), name: tuple(_copy(p) for p in start)}
         layer.lora_base = getattr(layer, "lora_base", weight)
     _activate(module, name, 1.0, trainable=True)
 
@@ -208,14 +209,14 @@ def lora_of(module: nn.Module, name: str = "default") -> Component:
     for live, layer in lora_layers(module):
         if name not in layer.lora_A:
             continue
-        down, up = layer.lora_A[name].weight, layer.lora_B[name].weight
+        down, up = _copy(layer.lora_A[name].weight), _copy(layer.lora_B[name].weight)
         alpha = layer.lora_alpha[name] * (sqrt(layer.r[name]) if layer.use_rslora[name] else 1)
         if start := getattr(layer, "lora_starts", {}).get(name):
             down, up, alpha = torch.cat([down, -start[0]]), torch.cat([up, start[1]], dim=1), 2 * alpha
-        magnitude = layer.lora_magnitude_vector[name].weight.flatten() if name in layer.lora_magnitude_vector else None
-        found[plain(live)] = Layer(
-            _copy(down), _copy(up), float(alpha), None if magnitude is None else _copy(magnitude)
-        )
+        lengths = None
+        if name in layer.lora_magnitude_vector:
+            lengths = _copy(layer.lora_magnitude_vector[name].weight.flatten())
+        found[plain(live)] = Layer(down, up, float(alpha), lengths)
     return found
 
 
@@ -353,8 +354,8 @@ def bare(module: nn.Module, what: str) -> Iterator[None]:
         ValueError: a LoRA acts that is not fused: its change would be lost.
     """
     wrapped = lora_layers(module)
-    if active_adapters(module) and not _is_fused(module):
-        names = ", ".join(active_adapters(module))
+    if any(acts(layer) for _, layer in wrapped):
+        names = ", ".join(dict.fromkeys(name for _, layer in wrapped for name in layer.active_adapters))
         raise ValueError(
             f"{what}: a LoRA acts in it ({names}) that its weights do not hold; fuse_lora() first, or write the LoRA "
             "alone by save_lora_weights()"

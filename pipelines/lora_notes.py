@@ -66,7 +66,7 @@ def notes(
         "ss_network_dim": str(ranks.pop()) if len(ranks) == 1 else "Dynamic",
         "ss_network_alpha": str(alphas.pop()) if len(alphas) == 1 else "Dynamic",
         "modelspec.sai_model_spec": "1.0.0",
-        "modelspec.title": told.get("modelspec.title", title),
+        "modelspec.title": title,
         "modelspec.date": told.get("modelspec.date", datetime.now(UTC).strftime("%Y-%m-%d")),
     }
     if base is not None:

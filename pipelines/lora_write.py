@@ -57,6 +57,9 @@ def write_lora(
 ) -> Path:
     """Write a LoRA; beside, and then renamed.
 
+    Diffusers' form is read by stock diffusers with every layer's true scale; ComfyUI reads its tensors, with alpha =
+    rank. Kohya's form is for A1111 and ComfyUI. PixArt's stock pipelines have no loader: peft reads peft's form.
+
     Args:
         target: for diffusers a folder or a ``.safetensors`` file; for kohya such a file; for peft a folder.
         base: family, where neither layers nor metadata tell it: ``sd15``, ``sd21``, ``sdxl``, ``sd3``, ``pixart``;

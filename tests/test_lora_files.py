@@ -209,6 +209,8 @@ def test_metadata(tmp_path: Path):
     assert list(next(iter(json.loads(found["ss_tag_frequency"]).values()))) == ["sks dog", "toy"]
     again = read_lora(file)
     assert family_of(again) == "sd15"  # by what it says: its layers are of no published size
+    named = write_lora(tmp_path / "c.safetensors", again, title="Toys")
+    assert headers(named)["modelspec.title"] == "Toys"
     other = write_lora(tmp_path / "b.safetensors", again)
     assert {k: v for k, v in headers(other).items() if k != "lora_adapter_metadata"} == found | {
         "modelspec.hash_sha256": headers(other)["modelspec.hash_sha256"]
@@ -273,6 +275,7 @@ UNKNOWN = "lora_unet_down_blocks_0_wings_0_to_q"
         ({"model.diffusion_model.out.2.weight": UP}, "no LoRA, or not one alone"),
         ({A: DOWN, B: UP, f"unet.{Q}.lora.down.weight": DOWN}, "are one tensor of one layer"),
         ({A: DOWN, B: UP, f"{K}.lora_down.weight": DOWN, f"{K}.lora_up.weight": UP}, f"are both unet.{Q}"),
+        ({A: DOWN, B: UP, f"unet.{Q}.alpha": torch.ones(2)}, "is (2,), expected one number"),
         ({"x.lora_A.weight": DOWN, "x.lora_B.weight": UP}, "x: no component is named"),
         ({}, "no LoRA in it: the file holds no tensor"),
     ],
@@ -316,8 +319,9 @@ def test_configs_that_do_not_fit(tmp_path: Path):
     with pytest.raises(ValueError, match=r"adapter_config\.json: peft_type is 'LOKR'"):
         read_lora(folder)
     config.unlink()
-    with pytest.raises(ValueError, match=r"adapter_config\.json: missing"):
-        read_lora(folder)
+    for place in (folder, folder / "adapter_model.safetensors"):  # its alpha would not be known
+        with pytest.raises(ValueError, match=r"adapter_config\.json: missing"):
+            read_lora(place)
 
 
 def test_a_network_of_another_kind_names_the_key(tmp_path: Path):
@@ -340,14 +344,16 @@ def test_a_network_of_another_kind_names_the_key(tmp_path: Path):
         ("x.safetensors", {"base": "flux"}, "base 'flux' is not one of"),
         ("x.safetensors", {"dtype": "fp8"}, "dtype 'fp8' is not one of"),
         ("there.safetensors", {}, "is there already; --overwrite replaces it"),
+        ("file", {}, "file: a file of this name is in the way of the folder"),
     ],
 )
 def test_what_is_not_written(target: str, options: dict, said: str, tmp_path: Path):
     there = write_lora(tmp_path / "there.safetensors", small())
     before = there.read_bytes()
+    (tmp_path / "file").touch()
     with pytest.raises(ValueError, match=re.escape(said)):
         write_lora(tmp_path / target, small(), **options)
-    assert [x.name for x in tmp_path.iterdir()] == ["there.safetensors"] and there.read_bytes() == before
+    assert sorted(x.name for x in tmp_path.iterdir()) == ["file", "there.safetensors"] and there.read_bytes() == before
 
 
 def test_writing_over_and_failing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

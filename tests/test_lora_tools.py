@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, PixArtSigmaPipeline
 from safetensors.torch import load_file, save_file
 
 from pipelines.convert import convert as convert_model
@@ -14,7 +14,7 @@ from pipelines.lora_files import Layer, LoraFile, look_into, read_lora, write_lo
 from pipelines.lora_info import info
 from pipelines.lora_math import joined, merged, norm, one_alpha, resized
 from pipelines.lora_tools import convert, extract, merge, merge_into, resize
-from tests import lora_made
+from tests import families, lora_made
 from tests.lora_made import TEXT, UNET, apart, changed, quiet, weights
 
 CLOSE = 1e-5
@@ -156,6 +156,39 @@ def test_in_half_precision_and_over_a_folder(base: dict[str, Path], tmp_path: Pa
     assert load_file(target / "unet" / "diffusion_pytorch_model.safetensors")["conv_in.bias"].dtype == torch.float32
     with pytest.raises(ValueError, match="is the base; a merged one goes elsewhere"):
         merge_into(target, [lora], target, overwrite=True)
+
+
+def test_kohyas_names_of_another_depth_and_a_pixart(base: dict[str, Path], tmp_path: Path):
+    """The base's own names tell what kohya's stand for."""
+    lora, names = lora_made.lora("sdxl", r"down_blocks.*to_k$", None), lora_made.module_names("sdxl")
+    file = write_lora(tmp_path / "x.safetensors", lora, "kohya", base="sdxl", names=names)
+    target = merge_into(base["sdxl"], [file], tmp_path / "a")
+    want = changed(weights(lora_made.parts("sdxl")["unet"]), lora.components["unet"])
+    assert apart(weights(opened(target).unet), want) < 1e-6
+    pipe = families.pixart(PixArtSigmaPipeline)
+    pipe.save_pretrained(tmp_path / "pixart")
+    lora = LoraFile({"transformer": lora_made.layers(pipe.transformer, "to_q$")})
+    target = merge_into(tmp_path / "pixart", [write_lora(tmp_path / "peft", lora, "peft")], tmp_path / "b")
+    again = opened(target).transformer
+    assert apart(weights(again), changed(weights(pipe.transformer), lora.components["transformer"])) < 1e-6
+    with pytest.raises(ValueError, match=r"changes unet, and .*pixart has text_encoder, transformer"):
+        merge_into(tmp_path / "pixart", [read_lora(file, names=names)], tmp_path / "c")
+
+
+def test_numbers_that_are_none(base: dict[str, Path], tmp_path: Path):
+    lora = lora_made.lora("sd15", "to_q$", None)
+    name, layer = next(iter(lora.components["unet"].items()))
+    layer.up[0, 0] = float("nan")
+    for call in (
+        lambda: merge_into(base["sd15"], [lora], tmp_path / "x"),
+        lambda: resize(lora, tmp_path / "x", rank=1),
+        lambda: merge([lora, lora], tmp_path / "x", rank=1),
+    ):
+        with pytest.raises(ValueError, match=rf"unet\.{name}: holds numbers that are not finite"):
+            call()
+    assert not list(tmp_path.iterdir())
+    zero = Layer(torch.ones(1, 3), torch.zeros(2, 1), 1.0, torch.ones(2))  # a row of nothing has no direction
+    assert torch.equal(merged(torch.zeros(2, 3), [(zero, 1.0)]), torch.zeros(2, 3))
 
 
 def test_a_lora_of_another_model(base: dict[str, Path], tmp_path: Path):

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Barrier, get_ident
 from typing import Any
 
 import numpy as np
@@ -14,7 +17,7 @@ from pydantic import ValidationError
 
 from ldm.cond import Cond
 from ldm.denoiser import Denoiser
-from pipelines.core import Parts
+from pipelines.core import Parts, generate
 from pipelines.stock import from_stock_pipeline
 from tests import families
 from tests.datasets_made import encoded, flat, parquet, tar
@@ -23,6 +26,7 @@ from training.data import DataError, open_rows
 from training.fit import ConfigError
 from training.prior import class_pictures, given, with_prior
 from training.schema import AdaptConfig
+from training.schema.adapt import Hint
 from training.schema.data import Data
 from training.streams import RowStream
 
@@ -183,23 +187,23 @@ def test_what_is_missing_is_drawn_and_the_seed_and_the_number_decide(tmp_path, p
     assert class_pictures(config, parts) == folder and contents(folder) == first
 
 
-def test_processes_share_the_work(tmp_path, parts):
+def test_processes_share_the_work(tmp_path, parts, monkeypatch):
     alone = class_pictures(configured(tmp_path / "alone", num_class_images=10), parts)
-    config, waits = configured(tmp_path / "shared", num_class_images=10), [0, 0]
+    config, barrier, drawn = configured(tmp_path / "shared", num_class_images=10), Barrier(2), Counter[int]()
 
-    def waiting(rank: int) -> Any:
-        def wait() -> None:
-            waits[rank] += 1
+    def counted(*args: Any, **kw: Any) -> torch.Tensor:
+        drawn[get_ident()] += 1
+        return generate(*args, **kw)
 
-        return wait
+    monkeypatch.setattr("training.prior.generate", counted)
 
-    # one after the other: the first must leave what is the second's
-    folder = class_pictures(config, parts, rank=0, world=2, wait=waiting(0))
-    assert len(contents(folder)) == 6  # the blocks of 0 and 8
-    assert contents(folder).keys() >= {"00003.png", "00008.png"} and "00004.png" not in contents(folder)
-    again = class_pictures(config, parts, rank=0, world=1)
-    assert again == folder and contents(folder) == contents(alone)
-    assert waits == [3, 0]  # after looking, and in each round
+    def run(rank: int) -> Path:
+        return class_pictures(config, parts, rank=rank, world=2, wait=lambda: barrier.wait(60))
+
+    with ThreadPoolExecutor(2) as pool:  # two processes, as far as this function can tell
+        folders = list(pool.map(run, range(2)))
+    assert folders[0] == folders[1] and contents(folders[0]) == contents(alone)
+    assert sorted(drawn.values()) == [1, 2]  # 4, 4 and 2 pictures; nobody draws what the other one does
 
 
 @pytest.mark.parametrize(
@@ -289,6 +293,9 @@ def test_what_has_no_numbers_or_no_pictures_is_refused(tmp_path):
     streamed = configured(tmp_path, data={"path": "x", "streaming": True, "instance_prompt": "sks"})
     with pytest.raises(ConfigError, match=r"data\.streaming"):
         with_prior(streamed, tmp_path / "none")
+    shown = configured(tmp_path).model_copy(update={"conditioning": Hint(name="image", column="sketch")})
+    with pytest.raises(ConfigError, match="no second picture"):
+        with_prior(shown, tmp_path / "none")
 
 
 def test_the_loss_is_diffusers(tmp_path, parts):

@@ -106,6 +106,25 @@ class Base:
 
         return self.form.net(**check_config(self.form.net, self.net))
 
+    def blank_text(self) -> TextEncoder:
+        """The text encoders with no weights of their own."""
+        from transformers import CLIPTokenizer, T5EncoderModel, T5Tokenizer
+
+        from ldm.models.text import FAMILIES, TextEncoder
+        from ldm.models.text_files import is_empty_folder, load_tokenizer
+        from pipelines.stock import text_settings, tokenizer_of
+
+        towers: dict[str, Any] = {}
+        for name, kinds in FAMILIES[self.family].items():
+            place = self.folder / name
+            if not place.is_dir() or (self.family == "sd3" and is_empty_folder(place)):
+                continue
+            kind: Any = next(kind for kind in kinds if kind.__name__ == self.index[name][1])
+            words = T5Tokenizer if kind is T5EncoderModel else CLIPTokenizer
+            tokenizer = load_tokenizer(self.folder / tokenizer_of(name), words)
+            towers[name] = tokenizer, kind(kind.config_class.from_pretrained(place))
+        return TextEncoder.from_towers(towers, self.family, **text_settings(self.form, self.bare, self.index))
+
     @cached_property
     def bare(self) -> Network:
         """The denoiser on the meta device, for its sizes and names."""

@@ -8,6 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
+from .says import say
+
 app = typer.Typer(help="Merge, extract, resize, convert LoRA files; say what is in one.", no_args_is_help=True)
 
 Source = Annotated[Path, typer.Argument(metavar="LORA", help="LoRA file, a folder with one, or a run's folder.")]
@@ -40,20 +42,16 @@ def merge(
     overwrite: Overwrite = False,
 ) -> None:
     """Merge LoRA into a model's weights, or several into one LoRA."""
-    _logging()
+    say()
     from pipelines import lora_tools
 
     if base is None:
-        how: dict[str, Any] = dict(
-            rank=rank, format=format or "diffusers", base=family, dtype=dtype, overwrite=overwrite
-        )
-        print(lora_tools.merge(loras, out, weights=weight, **how))
+        how: dict[str, Any] = dict(format=format or "diffusers", base=family, dtype=dtype, overwrite=overwrite)
+        print(lora_tools.merge(loras, out, weights=weight, rank=rank, **how))
         return
     for name, value in (("rank", rank), ("format", format), ("family", family)):
         if value is not None:
-            raise ValueError(
-                f"--{name}: with --base a pipeline folder is written, which has none; leave one of them out"
-            )
+            raise ValueError(f"--{name}: with --base a pipeline folder is written, which has none; leave it out")
     print(lora_tools.merge_into(base, loras, out, weights=weight, dtype=dtype, overwrite=overwrite))
 
 
@@ -74,7 +72,7 @@ def extract(
     overwrite: Overwrite = False,
 ) -> None:
     """Make a LoRA of what a fine-tuned model has learned."""
-    _logging()
+    say()
     from rich.console import Console
     from rich.progress import Progress
 
@@ -111,7 +109,7 @@ def resize(
     overwrite: Overwrite = False,
 ) -> None:
     """Bring a LoRA to a lower rank, losing as little as can be."""
-    _logging()
+    say()
     from pipelines import lora_tools
 
     how: dict[str, Any] = dict(format=format, base=family, dtype=dtype, overwrite=overwrite)
@@ -132,7 +130,7 @@ def convert(
     overwrite: Overwrite = False,
 ) -> None:
     """Write a LoRA in another form, with its ranks, alphas and metadata."""
-    _logging()
+    say()
     from pipelines import lora_tools
 
     how: dict[str, Any] = dict(base=family, dtype=dtype, trigger=trigger or (), same_alpha=same_alpha)
@@ -146,7 +144,7 @@ def info(
     metadata: Annotated[bool, typer.Option("--metadata", help="Also all of the file's metadata.")] = False,
 ) -> None:
     """Say what is in a LoRA: form, model, layers, ranks, alphas, trigger words."""
-    _logging()
+    say()
     from pipelines import lora_info
 
     found = lora_info.info(lora, norms=norms)
@@ -182,9 +180,3 @@ def _tell(made: Any) -> None:
     print(f"least kept: {share:.2%} of {worst} (rank {rank})")
     if made.left_out:
         print(f"left out: {len(made.left_out)} weights that no LoRA holds, the first {made.left_out[0]}")
-
-
-def _logging() -> None:
-    from .cli import _logging as quiet
-
-    quiet()

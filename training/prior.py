@@ -55,7 +55,8 @@ def class_pictures(
     Returns:
         The folder of drawn pictures, for ``with_prior``; there is none where enough are given.
     Raises:
-        ConfigError: class pictures cannot be drawn by this base, or it draws what is no number.
+        ConfigError: what cannot be with a prior; class pictures cannot be drawn by this base, or it draws what is no
+            number.
         OSError: the folder cannot be written.
     """
     prior = _prior(config)
@@ -93,12 +94,10 @@ def with_prior(config: AdaptConfig, drawn: Path) -> AdaptConfig:
     Args:
         drawn: the folder that ``class_pictures`` names.
     Raises:
-        ConfigError: streaming, whose rows have no numbers.
+        ConfigError: what cannot be with a prior, or no class pictures.
         DataError: one's own pictures cannot be used.
     """
     prior, data = _prior(config), config.data
-    if data.streaming:
-        raise ConfigError("prior: not with data.streaming; leave it out")
     weight = 2 * prior.prior_loss_weight
     folders = [_root(config, prior)] * bool(given(config)) + [drawn] * any(True for _ in _pictures(drawn))
     if not folders:
@@ -131,6 +130,10 @@ def given(config: AdaptConfig) -> list[str]:
 def _prior(config: AdaptConfig) -> Prior:
     if config.prior is None:
         raise ConfigError("prior: the config has none")
+    if config.data.streaming:
+        raise ConfigError("prior: not with data.streaming, whose rows have no numbers; leave it out")
+    if config.conditioning is not None and config.conditioning.name == "image":
+        raise ConfigError("prior: class pictures have no second picture, which conditioning asks for; leave prior out")
     return config.prior
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -123,38 +123,57 @@ def denoiser_of(config: DiffusionConfig, s: Sizes) -> tuple[Build, Forward]:
 
 
 def _adapted_of(config: AdaptConfig) -> tuple[Build, Forward]:
-    """Of a run from a base: the denoiser with what trains in it, told at random."""
+    """Of a run from a base: the denoiser with what trains in it, and the text encoders where they do; but for PixArt's,
+    whose mask transformers looks into."""
+    from transformers import T5EncoderModel
+
     from ldm.cond import Cond
+    from ldm.models.new_tokens import place
     from pipelines.core import with_sizes
 
-    from .adapt import learning
+    from .adapt import Trained, learning, reading
     from .base import base_of
     from .tasks.common import tuned
 
     base = base_of(config)
     s, side = base.sizes(), config.data.resolution // base.factor
-    lora = config.lora and config.lora.model_copy(
-        update={"init_lora_weights": "default", "start": None, "adapters": (), "quantization": None}
-    )
-    counted = config.model_copy(update={"lora": lora})
+    plain = {"init_lora_weights": "default", "start": None, "adapters": (), "quantization": None}
+    lora = config.lora and config.lora.model_copy(update=plain)
+    counted = config.model_copy(update={"lora": lora, "new_tokens": ()})
 
     def build() -> nn.Module:
         with unset_fake_temporarily(), torch.device("meta"):  # peft moves its layers, which fake tensors do not let it
             net = learning(counted, tuned(base.blank(), config.train))
-        return _anew(net)
+            reads = config.reads_prompts and base.family != "pixart"
+            text = reading(counted, base.blank_text()) if reads else None
+            if text is not None and config.new_tokens:
+                rows = {new.token: new.num_vectors for new in config.new_tokens}
+                width = {name: m.get_input_embeddings().weight.shape[1] for name, (_, m) in text.towers().items()}
+                new = {name: {token: torch.empty(n, w) for token, n in rows.items()} for name, w in width.items()}
+                place(text, new, trainable=True)
+            module = Trained(net, text)
+        return _anew(module)
 
-    def denoise(net: nn.Module, rows: int) -> Tensor:
-        inside: Any = net
-        more = inside.config["in_channels"] - s.latent_channels
-        cond = Cond(
-            torch.randn(rows, s.text_length, s.text_width),
-            pooled=torch.randn(rows, s.pooled_width) if s.pooled_width else None,
+    def denoise(module: nn.Module, rows: int) -> Tensor:
+        inside: Any = module
+        more = inside.net.config["in_channels"] - s.latent_channels
+        if inside.text is None:
+            pooled = torch.randn(rows, s.pooled_width) if s.pooled_width else None
+            told = torch.randn(rows, s.text_length, s.text_width, requires_grad=config.reads_prompts)
+            cond = Cond(told, pooled=pooled)
+        else:
+            lengths = [
+                inside.text.max_sequence_length if isinstance(model, T5EncoderModel) else tokenizer.model_max_length
+                for tokenizer, model in inside.text.towers().values()
+            ]
+            cond = inside.text(*(torch.zeros(rows, n, dtype=torch.int64) for n in lengths))
+        cond = replace(
+            with_sizes(inside.net, cond, config.data.resolution, config.data.resolution),
             extra=torch.randn(rows, more, side, side) if more else None,
-            class_labels=torch.zeros(rows, dtype=torch.int64) if inside.config.get("num_class_embeds") else None,
+            class_labels=torch.zeros(rows, dtype=torch.int64) if inside.net.config.get("num_class_embeds") else None,
         )
-        cond = with_sizes(inside, cond, config.data.resolution, config.data.resolution)
-        x = torch.randn(rows, s.latent_channels, side, side, requires_grad=not config.train_denoiser)
-        return net(x, torch.rand(rows) * 1000, cond)
+        x = torch.randn(rows, s.latent_channels, side, side)
+        return module(x, torch.rand(rows) * 1000, cond)
 
     return build, denoise
 

@@ -232,14 +232,18 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
     return dict(model.named_parameters()) | dict(model.named_buffers())
 
 
+def acts(layer: Any) -> bool:
+    """Whether peft's layer changes what the one inside it does, and the weight does not hold it."""
+    return not layer.merged and any(adapter in layer.lora_A for adapter in layer.active_adapters)
+
+
 def _plain(net: Network) -> dict[str, Tensor]:
     """All that the network holds, without what peft has put around its layers."""
     tensors, name = _tensors(net), type(net).__name__
     for place, layer in net.named_modules():
         if not hasattr(layer, "merged_adapters"):
             continue
-        acting: Any = layer
-        if not acting.merged and any(adapter in acting.lora_A for adapter in acting.active_adapters):
+        if acts(layer):
             raise ValueError(
                 f"{name}.to_diffusers: a LoRA acts in {place} that its weight does not hold; fuse it, or unload it and "
                 "write it as a file of its own"

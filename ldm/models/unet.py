@@ -341,7 +341,11 @@ class UNet(Network):
         if isinstance(self.class_embedding, nn.Embedding) and (labels := cond.class_labels) is not None:
             below = self.class_embedding.num_embeddings
             # on a GPU the values would have to be waited for; the lookup refuses them there
-            known = labels.device.type != "cpu" or bool(((labels >= 0) & (labels < below)).all())
+            known = (
+                labels.device.type != "cpu"
+                or type(labels) is not Tensor
+                or bool(((labels >= 0) & (labels < below)).all())
+            )
             if labels.is_floating_point() or not known:
                 raise ValueError(f"Cond.class_labels: {labels.tolist()}; expected whole numbers from 0 to {below - 1}")
 

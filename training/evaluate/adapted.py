@@ -266,7 +266,7 @@ def judge_subject(
         **{"prompt": prompt, "class": concept, "steps": steps, "guidance_scale": guidance_scale, "seed": seed},
         **{"judge": "mobilenetv2", "run": str(run), "base": base},
     }
-    columns = 8
+    columns = min(8, PER_PROMPT)
     train = [*_open([*held[0], *held[1]]).float() / 255]
     rows, names = [*train[:columns]], ["its pictures"] * min(columns, len(train))
     rows += [torch.ones_like(train[0])] * (columns - len(rows))

@@ -1,0 +1,100 @@
+"""The model card: the hub's own reader takes its front matter, and its code does what it says."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from PIL import Image
+
+from tests.adapting import config, trained
+from training.card import license_of, trigger_words, write_card
+
+DREAM = {"lora": {"rank": 2}, "data": {"instance_prompt": "a sks box"}, "sample": {"prompts": ["a sks box"]}}
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("card")
+
+
+@pytest.fixture(scope="module")
+def card(root: Path) -> Path:
+    """Of a LoRA with an instance prompt."""
+    run = trained("sd", root, "lora", **DREAM)
+    sheet = root / "sheet.png"
+    Image.new("RGB", (32, 32)).save(sheet)
+    return write_card(run / "adapter", config("sd", root, "lora", **DREAM), data={"rows": 5}, samples=sheet)
+
+
+def code_of(file: Path) -> str:
+    (found,) = re.findall(r"```python\n(.*?)```", file.read_text(encoding="utf-8"), re.DOTALL)
+    return found
+
+
+def test_the_hub_reads_it(card: Path) -> None:
+    told = ModelCard.load(card)
+    data = told.data.to_dict()
+    assert data["library_name"] == "diffusers" and data["license"] == "other"
+    assert {"text-to-image", "lora", "diffusers"} <= set(data["tags"])
+    assert data["instance_prompt"] == "a sks box"
+    assert data["widget"] == [{"text": "a sks box", "output": {"url": "samples.png"}}]
+    assert "base_model" not in data  # a folder is none of the hub's
+    assert "Unknown: the licence of the base" in told.text and "- pictures: 5" in told.text
+    assert (card.parent / "samples.png").is_file()
+
+
+def test_its_code_loads_the_lora(card: Path, monkeypatch) -> None:
+    monkeypatch.chdir(card.parent)
+    inside: dict = {}
+    exec(code_of(card), inside)  # our own text
+    assert "unet" in inside["pipe"].get_list_adapters()
+    picture = Image.open(card.parent / "picture.png")
+    assert picture.size == inside["image"].size == (16, 16)
+
+
+def test_its_code_loads_a_new_word_and_a_whole_pipeline(root: Path, monkeypatch) -> None:
+    how = {"train_denoiser": False, "new_tokens": [{"token": "<toy>"}], "data": {"instance_prompt": "a <toy>"}}
+    run = trained("sd", root, "toy", **how)
+    file = write_card(run / "adapter", config("sd", root, "toy", **how))
+    monkeypatch.chdir(file.parent)
+    inside: dict = {}
+    exec(code_of(file), inside)
+    assert inside["pipe"].tokenizer.convert_tokens_to_ids("<toy>") >= 0
+    assert "textual_inversion" in ModelCard.load(file).data.tags
+    assert trigger_words(config("sd", root, "toy", **how)) == ["a <toy>", "<toy>"]
+
+    inside["pipe"].save_pretrained(root / "whole")
+    whole = write_card(root / "whole", config("sd", root, "toy"))
+    monkeypatch.chdir(whole.parent)
+    exec(code_of(whole), inside := {})
+    assert torch.is_tensor(next(inside["pipe"].unet.parameters()))
+    assert "lora" not in ModelCard.load(whole).data.tags
+
+
+def test_folders_of_the_machine_are_not_told(card: Path, root: Path) -> None:
+    text = card.read_text(encoding="utf-8")
+    shown = text.split("```yaml")[1]
+    assert str(root) not in shown and "path: data" in shown
+
+
+def test_the_licence_is_the_bases(tmp_path: Path) -> None:
+    assert license_of(tmp_path) == (None, None)
+    (tmp_path / "LICENSE").write_text("Apache License\n Version 2.0")
+    assert license_of(tmp_path) == ("apache-2.0", "LICENSE")
+    (tmp_path / "LICENSE").write_text("Mine alone")
+    assert license_of(tmp_path) == ("other", "LICENSE")
+    (tmp_path / "README.md").write_text("---\nlicense: openrail++\n---\n# x")
+    assert license_of(tmp_path) == ("openrail++", "README.md")
+    (tmp_path / "README.md").write_text("---\n: {\n---\n")
+    assert license_of(tmp_path) == ("other", "LICENSE")
+
+
+def test_a_hub_name_is_the_base_model(tmp_path: Path, root: Path) -> None:
+    made = config("sd", root, "hub").model_copy(update={"base": "stable-diffusion-v1-5/stable-diffusion-v1-5"})
+    file = write_card(tmp_path, made)
+    assert ModelCard.load(file).data.base_model == "stable-diffusion-v1-5/stable-diffusion-v1-5"
+    assert "on its page on the hub" in file.read_text()
