@@ -111,12 +111,16 @@ def test_it_writes_shows_checks_and_trains(root: Path, tmp_path: Path, capsys) -
     how += ["sample.num_inference_steps=2", "train.mixed_precision=no", "lora.rank=2"]
     call = dict(trigger="sks box", out=tmp_path / "runs/box", yes=True, overrides=how)
     run = adapt(str(base("sd", root)), images, **call)
-    assert run == tmp_path / "runs/box" and (run / "adapter/pytorch_lora_weights.safetensors").is_file()
+    assert (
+        run is not None
+        and run == tmp_path / "runs/box"
+        and (run / "adapter/pytorch_lora_weights.safetensors").is_file()
+    )
     file = tmp_path / "runs/box.yaml"
     shown = capsys.readouterr().out
     assert file.read_text() in shown and "instance_prompt: sks box" in shown
     config = load(file)
     assert isinstance(config, AdaptConfig) and written(config) == file.read_text() and "seed" not in file.read_text()
     assert load(run / "config.yaml") == config
-    with pytest.raises(ConfigError, match=r"box.yaml: says something else"):
+    with pytest.raises(ConfigError, match=r"box.yaml: is there and says something else"):
         adapt(str(base("sd", root)), images, **{**call, "overrides": [*how, "lora.rank=1"]})

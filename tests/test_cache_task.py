@@ -83,7 +83,7 @@ def test_cached_and_live_inputs_are_the_same_numbers(net: str, parts: Path, tmp_
         batch = task.rows.__getitems__(PAIRS)
         assert ("moments" in batch, "tokens" in batch) == (latents, text)
         assert ("pictures" in batch, "captions" in batch) == (not latents, not text)
-        found.append(task._inputs(batch, config.caption_dropout))
+        found.append(task._inputs(batch, train=True))
         losses.append(task.loss(batch, 0)[0].item())
         probes.append(list(task.held_out().values()))
     (z, cond), *others = found
@@ -173,7 +173,7 @@ def test_half_precision_gives_nearly_the_same_loss(parts: Path, tmp_path: Path):
     losses = {}
     for precision in ("fp32", "fp16", "bf16"):
         task = task_of(config, precision=precision)
-        z, cond = task._inputs(task.rows.__getitems__(PAIRS), 0.3)
+        z, cond = task._inputs(task.rows.__getitems__(PAIRS), train=True)
         assert z.dtype == cond.tokens.dtype == torch.float32
         losses[precision] = task.loss(task.rows.__getitems__(PAIRS), 0)[0].item()
     assert losses["fp16"] == pytest.approx(losses["fp32"], rel=2e-3) and losses["fp16"] != losses["fp32"]
@@ -186,7 +186,7 @@ def test_masks_weigh_the_loss(latents: bool, parts: Path, tmp_path: Path):
     rows = Squares(masked=True)
     task = task_of(config_of(parts, tmp_path), rows, Squares(4, seed=1, masked=True), latents=latents)
     batch = task.rows.__getitems__(PAIRS)
-    z, cond = task._inputs(batch, 0.3)
+    z, cond = task._inputs(batch, train=True)
     mask = rows.masks([row for _, row in PAIRS]).reshape(24, 1, 8, 2, 8, 2).mean((3, 5))
     torch.testing.assert_close(batch["mask"], mask)
     t = task.time(rng.uniform(7, batch["index"], (), Stream.TIME), batch["index"])
@@ -207,7 +207,7 @@ def test_probes_in_buckets_are_each_rows_own(parts: Path, tmp_path: Path):
     with torch.no_grad():
         for i in range(9 * diffusion.LEVELS):
             batch = task.test_rows.__getitems__([(diffusion.FIXED + i, i // diffusion.LEVELS)])
-            z, cond = task._inputs(batch, 0.0)
+            z, cond = task._inputs(batch, train=False)
             t = torch.tensor([(i % diffusion.LEVELS + 0.5) / diffusion.LEVELS])
             eps = rng.normal(7, batch["index"], z.shape[1:], Stream.NOISE)
             losses.append(task.denoiser.loss(z, t, cond, eps=eps))
@@ -237,9 +237,9 @@ def test_probes_are_shared_out_among_processes(parts: Path, tmp_path: Path, monk
     for rank in range(3):
         calls.append(0)
 
-        def counted(*args: Any) -> Any:
+        def counted(*args: Any, **how: Any) -> Any:
             calls[-1] += 1
-            return plain(*args)
+            return plain(*args, **how)
 
         task.accelerator, task._inputs = One(rank), counted
         task._probe(task.train_rows)
@@ -259,9 +259,9 @@ def test_size_conditions_are_the_rows_or_the_pictures(parts: Path, tmp_path: Pat
     rows = Squares()
     task = task_of(config_of(parts, tmp_path), rows)
     batch = task.rows.__getitems__(PAIRS[:3])
-    assert task._inputs(batch, 0.0)[1].size_ids.equal(rows.size_ids([row for _, row in PAIRS[:3]]))
+    assert task._inputs(batch, train=False)[1].size_ids.equal(rows.size_ids([row for _, row in PAIRS[:3]]))
     batch.pop("size_ids")
-    assert task._inputs(batch, 0.0)[1].size_ids.tolist() == [[16, 16, 0, 0, 16, 16]] * 3
+    assert task._inputs(batch, train=False)[1].size_ids.tolist() == [[16, 16, 0, 0, 16, 16]] * 3
 
 
 class Flow(torch.utils.data.IterableDataset):

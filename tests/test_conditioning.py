@@ -176,7 +176,7 @@ def test_every_level_up_to_the_last_comes_as_often(most: int):
 
 
 def test_a_hint_is_raw_latents_without_noise():
-    conditioner = shown(Hint(name="image", suffix="-x.png", dropout=0.0))
+    conditioner = shown(Hint(name="image", dropout=0.0))
     batch = {"index": INDEX, "hint": pictures(40, 3)}
     extra = conditioner.extra(batch, encode)
     assert extra.equal(encode(batch["hint"])[:, :4]) and not conditioner.needs_pictures
@@ -186,7 +186,7 @@ def test_hints_and_captions_are_dropped_as_in_instruct_pix2pix():
     """A twentieth loses its caption alone, a twentieth its picture alone, and a twentieth both."""
     n = 20_000
     index = torch.arange(n)
-    conditioner = shown(Hint(name="image", suffix="-x.png"), caption_dropout=0.1)
+    conditioner = shown(Hint(name="image"), caption_dropout=0.1)
     batch = {"index": index, "hint": torch.ones(n, 3, 4, 4)}
     no_hint = conditioner.extra(batch, encode).eq(0).flatten(1).all(1)
     no_text = dropped(5, index, 0.1)
@@ -202,7 +202,7 @@ def test_hints_and_captions_are_dropped_as_in_instruct_pix2pix():
     ("section", "channels"),
     [
         (Inpaint(name="inpaint"), 9),
-        (Hint(name="image", suffix="-x.png"), 8),
+        (Hint(name="image"), 8),
         (LowResolution(name="low_resolution"), 7),
     ],
 )
@@ -212,7 +212,7 @@ def test_a_network_grows_as_the_section_says(section: Any, channels: int):
     assert (net.config["num_class_embeds"] == 1000) == (section.name == "low_resolution")
     assert grown(section, net) is net
     assert grown(section, tiny.mmdit()).config["in_channels"] == channels
-    other = Hint(name="image", suffix="-x.png") if channels != 8 else Inpaint(name="inpaint")
+    other = Hint(name="image") if channels != 8 else Inpaint(name="inpaint")
     with pytest.raises(ValueError, match=f"takes {channels} channels"):
         grown(other, net)
 

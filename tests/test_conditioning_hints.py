@@ -174,13 +174,13 @@ def test_rows_that_count_differently_say_so():
 
 
 def test_batches_have_what_the_conditioner_needs(tmp_path: Path):
-    rows = rows_of(named(tmp_path / "a", same(12)))
+    rows = rows_of(named(tmp_path / "a", same(12)), hint_suffix="-hint.png")
     pairs = [(n, buckets(rows)[0][0]) for n in range(4)]
     for section in (
         Inpaint(name="inpaint"),
         Inpaint(name="inpaint", masks="given"),
         LowResolution(name="low_resolution"),
-        Hint(name="image", suffix="-hint.png"),
+        Hint(name="image"),
     ):
         conditioner = Conditioner(section, unet(), 0, 4, cast(Any, None))
         if "pixel_mask" in conditioner.needs:
@@ -191,3 +191,22 @@ def test_batches_have_what_the_conditioner_needs(tmp_path: Path):
         assert set(conditioner.needs) <= batch.keys()
     again = conditioner.batches(rows)["hints"]
     assert again is conditioner.batches(rows)["hints"]  # looked through once
+
+
+def test_files_of_hints_are_no_rows_of_a_folder_without_metadata(tmp_path: Path):
+    folder = named(tmp_path / "a", same(12))
+    (folder / "metadata.jsonl").unlink()
+    for i in range(12):
+        (folder / f"{i}.txt").write_text(f"picture {i}")
+    rows = rows_of(folder, hint_suffix="-hint.png", held_out=0.0)
+    assert len(rows) == 12
+    told = Hints(rows, None, rows.data.hint_suffix)
+    for group in buckets(rows):
+        assert torch.equal(told(group), rows.pictures(group))
+
+
+def test_nothing_is_held_out_where_nothing_may_be(tmp_path: Path):
+    folder = imagefolder(tmp_path / "five", [noise(i) for i in range(5)])
+    data = Data(path=str(folder), resolution=16, held_out=0.0)
+    train, test = open_rows(data, split="train"), open_rows(data, split="test")
+    assert len(train) == len(test) == 5 and [train.digest(i) for i in range(5)] == [test.digest(i) for i in range(5)]

@@ -44,7 +44,7 @@ def with_hints(root: Path) -> Path:
     [
         ("sd", {"name": "inpaint"}, "StableDiffusionInpaintPipeline"),
         ("sdxl", {"name": "inpaint"}, "StableDiffusionXLInpaintPipeline"),
-        ("sd", {"name": "image", "column": "hint"}, "StableDiffusionInstructPix2PixPipeline"),
+        ("sd", {"name": "image"}, "StableDiffusionInstructPix2PixPipeline"),
         ("sd", {"name": "low_resolution"}, "StableDiffusionUpscalePipeline"),
     ],
     ids=lambda x: x if isinstance(x, str) else x["name"],
@@ -63,7 +63,7 @@ def test_the_trainers_picture_is_the_users(
 
     monkeypatch.setattr("training.conditioning.draw", spy)
     base(family, root)
-    data = {"data": {"path": str(with_hints(root))}} if section["name"] == "image" else {}
+    data = {"data": {"path": str(with_hints(root)), "hint_column": "hint"}} if section["name"] == "image" else {}
     run = trained(family, root, f"{family}_{section['name']}", conditioning=section, train={"sample_every": 6}, **data)
 
     pipe: Any = quiet(DiffusionPipeline.from_pretrained(run / "pipeline"))

@@ -164,7 +164,7 @@ def test_the_trainers_sample_is_the_stock_pipelines_picture(name: str):
     parts = MADE[name]()
     section = {
         "StableDiffusionInpaintPipeline": Inpaint(name="inpaint"),
-        "StableDiffusionInstructPix2PixPipeline": Hint(name="image", suffix="-hint.png"),
+        "StableDiffusionInstructPix2PixPipeline": Hint(name="image"),
     }.get(name, LowResolution(name="low_resolution"))
     shown = Conditioner(section, parts.net, 7, parts.vae.factor, parts.vae.latent_scale)
     pictures = bytes_of()

@@ -299,7 +299,7 @@ def test_pictures_without_a_row_are_told_of(tmp_path: Path, caplog):
 
 @pytest.mark.parametrize(
     ("options", "key"),
-    [({"resolution": 0}, "resolution"), ({"held_out": 0.0}, "held_out"), ({"held_out": 1.0}, "held_out"),
+    [({"resolution": 0}, "resolution"), ({"held_out": -0.1}, "held_out"), ({"held_out": 1.0}, "held_out"),
      ({"split": "dev"}, "split")],
 )  # fmt: skip
 def test_options_out_of_range(tmp_path: Path, options: dict, key: str):

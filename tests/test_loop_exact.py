@@ -59,7 +59,7 @@ def test_the_losses_of_twenty_steps_are_those_that_were_written_down(made: Path)
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("workers", [0, 1])
 def test_killed_for_minutes(workers: int, tmp_path: Path):
-    seed = random.randrange(10**6)
+    seed = random.Random().randrange(10**6)  # the global generator is seeded for every test
     train = {"num_workers": workers, "async_checkpoint": bool(workers), "keep_best": False}
     for _ in range(5):
         root = tmp_path / str(seed)

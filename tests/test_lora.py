@@ -89,7 +89,8 @@ def test_every_layer_acts_as_in_the_stock_twin(kind, form, dora, monkeypatch):
     add_lora(net, replace(ALL, dora=dora))
     names = [name for name, part in twin.named_modules() if isinstance(part, nn.Linear | nn.Conv2d)]
     inject_adapter_in_model(LoraConfig(r=2, lora_alpha=5, use_dora=dora, target_modules=names), twin)
-    drawn(net), drawn(twin)
+    drawn(net)
+    drawn(twin)
     x, time, cond = inputs(kind, dtype)
     ours, theirs = net(x, time, cond), stock_call(twin, x, time, cond)
     assert_close(ours, theirs, TOLERANCE[dtype])

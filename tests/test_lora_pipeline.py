@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import DiffusionPipeline
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, inject_adapter_in_model
 
 from ldm.models.new_tokens import add_tokens
 from pipelines.lora import LoraSettings, add_lora, lora_of, unload
@@ -158,6 +158,10 @@ def test_a_folder_is_saved_with_what_is_fused_and_never_without(tmp_path):
     assert torch.equal(draw(mine), picture) and mine.text.model is words
     mine.disable_lora()
     mine.save_pretrained(tmp_path / "pipeline")
+    mine.unload_lora_weights()
+    inject_adapter_in_model(LoraConfig(target_modules=["to_q"]), mine.net)  # one that came past our methods
+    with pytest.raises(ValueError, match=r"save_pretrained: unet: a LoRA acts in it \(default\)"):
+        mine.save_pretrained(tmp_path / "pipeline")
     assert_same(draw(quiet(DiffusionPipeline.from_pretrained(tmp_path / "pipeline"))), plain)
 
 

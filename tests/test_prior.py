@@ -293,7 +293,7 @@ def test_what_has_no_numbers_or_no_pictures_is_refused(tmp_path):
     streamed = configured(tmp_path, data={"path": "x", "streaming": True, "instance_prompt": "sks"})
     with pytest.raises(ConfigError, match=r"data\.streaming"):
         with_prior(streamed, tmp_path / "none")
-    shown = configured(tmp_path).model_copy(update={"conditioning": Hint(name="image", column="sketch")})
+    shown = configured(tmp_path).model_copy(update={"conditioning": Hint(name="image")})
     with pytest.raises(ConfigError, match="no second picture"):
         with_prior(shown, tmp_path / "none")
 

@@ -143,6 +143,17 @@ def test_a_process_that_is_lost_ends_the_job_and_is_named(what: Any, tmp_path: P
     assert checkpoint.images_of(checkpoint.listed(run / "checkpoints")[-1]) == 48
 
 
+def test_the_first_process_is_named_too(tmp_path: Path):
+    """It hangs in its loss: the other waits for it in the same step, in the backward pass."""
+    how: dict[str, Any] = {"config": {"timeout_minutes": 0.05}, "say": str(tmp_path / "said")}
+    made = started(tmp_path / "run", 2, at={48: ("hang", 0)}, **how)
+    code = ended(made[1:], 40)[0]
+    ended(made[:1], 5)
+    assert code not in (None, 0, 75)
+    said = " ".join((tmp_path / "said.1").read_text().split())
+    assert f"process 0 (pid {made[0].pid} on" in said and "is dead or stuck" in said and "process 1 (" not in said
+
+
 def test_a_full_disk_of_one_ends_all(tmp_path: Path):
     """The process that writes tells the others, which would wait for it for ever."""
     (tmp_path / "run").mkdir()

@@ -54,7 +54,7 @@ def test_the_tasks_are_killed_and_go_on(tmp_path: Path):
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("workers", [0, 1])
 def test_killed_for_minutes_together(workers: int, tmp_path: Path):
-    seed = random.randrange(10**6)
+    seed = random.Random().randrange(10**6)  # the global generator is seeded for every test
     for _ in range(3):
         root = tmp_path / str(seed)
         made(

@@ -112,7 +112,7 @@ def learning(config: AdaptConfig, net: Network) -> Network:
         with _seeded(config.seed):
             start = _read(config.lora.start).get(name) if config.lora.start else None
             if start is not None:
-                load_lora(net, start, NAME, trainable=True)
+                load_lora(net, start, NAME, trainable=True, dropout=config.lora.lora_dropout)
             else:
                 add_lora(net, settings_of(config), NAME)
     return net
@@ -143,13 +143,24 @@ def reading(config: AdaptConfig, text: TextEncoder) -> TextEncoder:
                         load_lora(tower, there, f"frozen_{i}", weight=other.weight)
                 start = _read(config.lora.start).get(name) if config.lora.start else None
                 if start is not None:
-                    load_lora(tower, start, NAME, trainable=True)
+                    load_lora(tower, start, NAME, trainable=True, dropout=config.lora.lora_dropout)
                 else:
                     add_lora(tower, settings_of(config, text=True), NAME)
     for p in vectors:
         p.requires_grad_(True)
     _freeze_unused(text)
     return text
+
+
+def check_prompts(config: AdaptConfig, text: TextEncoder) -> None:
+    """Raises ConfigError where an instance prompt says nothing to a tokenizer; new tokens are not known yet."""
+    from ldm.models.new_tokens import check_words
+
+    prompt = config.data.instance_prompt or ""
+    for new in config.new_tokens:
+        prompt = prompt.replace(new.token, "")
+    with _telling("data.instance_prompt"):
+        check_words(text, [prompt] if prompt.strip() else [])
 
 
 def settings_of(config: AdaptConfig, *, text: bool = False) -> LoraSettings:

@@ -208,8 +208,8 @@ def _check_trigger(folder: Path, trigger: str) -> None:
 
 
 def _fitted(config: AdaptConfig, said: set[str]) -> AdaptConfig:
-    """With the largest batch of 8, 4, 2, 1 that a step has room for, as many steps all the same at four pictures at
-    once, and with gradient checkpointing where it is needed for two. What the overrides say stays as it is."""
+    """With the largest batch of 8, 4, 2, 1 that a step has room for, and gradient checkpointing where two have none
+    without it; below four the gradients of four are summed. What the overrides say stays as it is."""
     import torch
 
     from . import measure
@@ -223,22 +223,24 @@ def _fitted(config: AdaptConfig, said: set[str]) -> AdaptConfig:
     autocast = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(mixed)
     batches = (config.train.batch_size,) if "train.batch_size" in said else BATCHES
     shares = (config.train.gradient_checkpointing,) if "train.gradient_checkpointing" in said else (0.0, 1.0)
-    made = config
-    for share, batch in ((share, batch) for share in shares for batch in batches):
-        if batch == 1 and share < shares[-1]:
-            continue  # checkpointing first
-        update: dict[str, Any] = {"batch_size": batch, "gradient_checkpointing": share}
-        if "train.gradient_accumulation_steps" not in said and batch < 4:
-            update["gradient_accumulation_steps"] = 4 // batch
-        train = config.train.model_copy(update=update)
-        made = config.model_copy(update={"train": train})
+    batch, share = batches[-1], shares[-1]
+    for share in shares:
+        tried = _trained(config, batches[0], share)
         memory = training_memory(
-            *network_of(made), batch, averaged=bool(config.ema_decay), autocast=autocast,
-            state_bytes=config.optimizer.state_bytes, frozen_bytes=frozen_bytes(made, device, mixed),
+            *network_of(tried), batches[0], averaged=bool(config.ema_decay), autocast=autocast,
+            state_bytes=config.optimizer.state_bytes, frozen_bytes=frozen_bytes(tried, device, mixed),
         )  # fmt: skip
-        if memory.total <= room:
-            return made
-    return made  # check says what would fit
+        free = room - (memory.total - memory.activations)
+        batch = next((n for n in batches if n / batches[0] * memory.activations <= free), batches[-1])
+        if batch > 1 and memory.activations * batch / batches[0] <= free:
+            break
+    accumulated = said & {"train.batch_size", "train.gradient_accumulation_steps"} or batch >= 4
+    return _trained(config, batch, share, **({} if accumulated else {"gradient_accumulation_steps": 4 // batch}))
+
+
+def _trained(config: AdaptConfig, batch: int, share: float, **more: int) -> AdaptConfig:
+    train = {"batch_size": batch, "gradient_checkpointing": share, **more}
+    return config.model_copy(update={"train": config.train.model_copy(update=train)})
 
 
 # --- the command -----------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from . import cli_adapt
 from .cli_inspect import app as inspect_app
 from .cli_lora import app as lora_app
 from .says import say
@@ -66,28 +67,8 @@ def openmoji(
     print(render(out, size, chosen))
 
 
-@data_app.command()
-def style(
-    out: Annotated[Path, typer.Option(help="Folder to make.")],
-    size: Annotated[int, typer.Option(help="Side of the pictures in pixels.")] = 64,
-    count: Annotated[int, typer.Option(help="How many to train on; the other concepts are held out.")] = 40,
-    source: Annotated[str, typer.Option(help="ink, drawn here; or noto or fluent, which npm fetches.")] = "ink",
-) -> None:
-    """The demo's concepts in a style that its model has not seen, as an imagefolder: what a LoRA is shown on."""
-    from .styles import style_pictures
-
-    print(style_pictures(out, size, count, source))
-
-
-@data_app.command()
-def subject(
-    out: Annotated[Path, typer.Option(help="Folder to make.")],
-    size: Annotated[int, typer.Option(help="Side of the pictures in pixels.")] = 64,
-) -> None:
-    """Five pictures of one subject that the demo's model has not seen: what DreamBooth is shown on."""
-    from .styles import subject_pictures
-
-    print(subject_pictures(out, size))
+data_app.command()(cli_adapt.style)
+data_app.command()(cli_adapt.subject)
 
 
 def _load(configs: list[str], out: Path | None) -> list[Any]:
@@ -128,21 +109,8 @@ def train(
     train_all(loaded, resume, opened=opened)
 
 
-@app.command()
-def adapt(
-    base: Annotated[str, typer.Option(help="Pipeline folder, run, hub name or single file to start from.")],
-    images: Annotated[Path, typer.Option(help="Folder of pictures, with a caption in a.txt beside each a.jpg or not.")],
-    trigger: Annotated[str, typer.Option(help="What prompts will call it by: a rare word and what it is, 'sks dog'.")],
-    method: Annotated[str, typer.Option(help="lora, dreambooth, textual_inversion or finetune.")] = "lora",
-    out: Annotated[Path | None, typer.Option(help="Folder of the run; by default outputs/ and the trigger.")] = None,
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="Train without asking.")] = False,
-    overrides: Annotated[list[str] | None, typer.Argument(help="key=value overrides of the config.")] = None,
-) -> None:
-    """Teach a finished model your pictures: chooses a config for them, shows it, checks it, trains."""
-    say()
-    from .adapt_auto import adapt as run
-
-    run(base, images, trigger, method, out, yes, overrides or [])  # type: ignore[arg-type]
+app.command()(cli_adapt.adapt)
+app.command()(cli_adapt.judge)
 
 
 @app.command()

@@ -84,7 +84,7 @@ class Conditioner:
         told: dict[str, Any] = {"pictures": self.needs_pictures, "pixel_masks": "pixel_mask" in self.needs}
         if isinstance(self.section, Hint):
             known = self._hints.get(id(rows))  # looked through once
-            told["hints"] = known or Hints(rows, self.section.column, self.section.suffix, split=split)
+            told["hints"] = known or Hints(rows, rows.data.hint_column, rows.data.hint_suffix, split=split)
             self._hints[id(rows)] = told["hints"]
         return told
 
@@ -187,6 +187,8 @@ def check_conditioning(config: AdaptConfig, base: Base) -> None:
     given = isinstance(section, Inpaint) and section.masks == "given"
     if given and not config.data.mask_suffix and not all(place.mask_column for place in config.data.places):
         raise ConfigError("conditioning.masks given: set data.mask_column or data.mask_suffix, where the masks are")
+    if isinstance(section, Hint) and not (config.data.hint_column or config.data.hint_suffix):
+        raise ConfigError("conditioning image: set data.hint_column or data.hint_suffix, where the second pictures are")
     if config.data.streaming and (given or isinstance(section, Hint)):
         what = "given masks" if given else "second pictures"
         raise ConfigError(f"conditioning {kind}: {what} cannot be streamed; leave data.streaming out")

@@ -95,6 +95,10 @@ def _adapting(config: AdaptConfig) -> str | None:
         return "cache.text: the text encoders train, so that captions are read anew at each step; leave the key out"
     if config.reads_prompts and config.data.long_captions == "chunk":
         return "data.long_captions chunk: not while the text encoders train; take cut or refuse"
+    if config.prior and config.data.streaming:
+        return "prior: not with data.streaming, whose rows have no numbers; leave one of them out"
+    if config.prior and config.conditioning:
+        return "prior: the base draws class pictures from a prompt alone; leave conditioning out"
     names = [new.token for new in config.new_tokens]
     twice = next((name for name in names if names.count(name) > 1), None)
     return f"new_tokens: {twice} twice" if twice else None

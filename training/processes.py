@@ -254,8 +254,9 @@ class Pulse:
     def _file(self, rank: int) -> Path:
         return self.folder / f"process_{rank}.json"
 
-    def _write(self) -> None:
+    def _write(self, waits: bool = False) -> None:
         told = {"count": self.count, "what": self.what, "host": socket.gethostname(), "pid": os.getpid()}
+        told["waits"] = waits or _may_wait()
         partial = self._file(self.rank).with_suffix(".partial")
         partial.write_text(json.dumps({**told, "time": time.time()}))
         partial.replace(self._file(self.rank))
@@ -276,15 +277,17 @@ class Pulse:
         silent = min(5.0, max(2.0, self.seconds / 2))
         if wait:
             time.sleep(silent + 1)
-        self._write()
+        self._write(waits=wait)
         told: dict[int, dict[str, Any]] = {}
         for rank in range(self.world):
             try:
                 told[rank] = json.loads(self._file(rank).read_text())
             except (OSError, ValueError):
-                told[rank] = {"count": -1, "what": "none", "host": "?", "pid": "?", "time": 0.0}
+                told[rank] = {"count": -1, "what": "none", "host": "?", "pid": "?", "waits": False, "time": 0.0}
         last = {r: -1 if time.time() - t["time"] > silent else t["count"] for r, t in told.items()}
         behind = [r for r in told if last[r] < max(last.values())]
+        busy = [r for r in told if not told[r]["waits"]]  # at the same point, but not where one waits for others
+        behind = behind or (busy if len(busy) < self.world else [])
         names = [
             f"process {r} (pid {told[r]['pid']} on {told[r]['host']}, last seen {told[r]['what']})" for r in behind
         ]
@@ -292,6 +295,13 @@ class Pulse:
         if not names:
             return f"{stood}: all {self.world} processes wait at the same point ({self.what}); look at the network"
         return f"{stood}: {', '.join(names)} {'is' if len(names) == 1 else 'are'} dead or stuck; the others wait"
+
+
+def _may_wait() -> bool:
+    """This process is in a backward pass or a collective: there it waits for the others, if for anything."""
+    frame = sys._current_frames().get(threading.main_thread().ident or 0)
+    place = Path(frame.f_code.co_filename).parts if frame else ()
+    return "torch" in place and ("autograd" in place or "distributed" in place)
 
 
 def lost_peer(error: BaseException) -> bool:

@@ -46,7 +46,7 @@ def open_split(place: Source, data: Data, split: Split, in_memory: int) -> tuple
         part, alone = pick(parts, split, place.path)
         table = _arrow_table(place, parts[part].data.table, parts[part]._fingerprint)
         return table, _all(table, place, part), alone
-    kind, files = files_of(place.path, data.mask_suffix)
+    kind, files = files_of(place.path, data.beside)
     if kind == "imagefolder":
         return _imagefolder(place, data, split)
     part, alone = pick(files, split, place.path)
@@ -59,8 +59,12 @@ def open_split(place: Source, data: Data, split: Split, in_memory: int) -> tuple
     return table, _all(table, place, part), alone
 
 
-def files_of(source: str, mask_suffix: str | None = None) -> tuple[Literal["imagefolder", "parquet", "tar"], Parts]:
-    """What kind of source a path is, and its files by split; of an imagefolder, its folders."""
+def files_of(source: str, beside: tuple[str, ...] = ()) -> tuple[Literal["imagefolder", "parquet", "tar"], Parts]:
+    """What kind of source a path is, and its files by split; of an imagefolder, its folders.
+
+    Args:
+        beside: endings of pictures that belong to others.
+    """
     root = Path(source).expanduser()
     if root.exists():
         files = [root] if root.is_file() else [x for x in sorted(root.rglob("*")) if x.suffix in (".parquet", ".tar")]
@@ -74,7 +78,7 @@ def files_of(source: str, mask_suffix: str | None = None) -> tuple[Literal["imag
     parquet = [x for x in files if x.suffix == ".parquet"]
     if parquet and len(parquet) < len(files):
         raise DataError(f"{source}: holds parquet files and tars; name one of the two, or both in data.sources")
-    if files and not parquet and root.is_dir() and next(pictures_in(root, mask_suffix), None):
+    if files and not parquet and root.is_dir() and next(pictures_in(root, beside), None):
         raise DataError(f"{source}: holds pictures and tars ({files[0].name}); move one of the two away")
     if parquet:
         files = [x for x in parquet if rows_of(x)]
@@ -87,10 +91,10 @@ def files_of(source: str, mask_suffix: str | None = None) -> tuple[Literal["imag
         if len(parts) > 1 and "" in parts:
             raise DataError(f"{parts[''][0]}: belongs to no split, but other files here do ({', '.join(parts)})")
         return "parquet" if parquet else "tar", {name or "train": part for name, part in parts.items()}
-    if next(pictures_in(root, mask_suffix), None) is None:
+    if next(pictures_in(root, beside), None) is None:
         raise DataError(f"{source}: the data set is empty: no picture, no parquet file and no tar in this folder")
     folders = [x for x in sorted(root.iterdir()) if x.is_dir() and x.name.lower() in SPLITS]
-    folders = [x for x in folders if next(pictures_in(x, mask_suffix), None)] or [root]
+    folders = [x for x in folders if next(pictures_in(x, beside), None)] or [root]
     named: Parts = {}
     for folder in folders:
         named.setdefault("train" if folder == root else SPLITS[folder.name.lower()], []).append(folder)
@@ -112,7 +116,7 @@ def pick(parts: Mapping[str, Any], split: Split, source: str) -> tuple[str, bool
 
 def _imagefolder(place: Source, data: Data, split: Split) -> tuple[Table, np.ndarray, bool]:
     root = Path(place.path).expanduser()
-    folders = files_of(place.path, data.mask_suffix)[1]
+    folders = files_of(place.path, data.beside)[1]
     part, alone = pick(folders, split, place.path)
     above = [] if folders[part] == [root] else sorted(root.glob("metadata.*"))
     metadata = above or [x for folder in folders[part] for x in sorted(folder.rglob("metadata.*"))]
@@ -120,7 +124,7 @@ def _imagefolder(place: Source, data: Data, split: Split) -> tuple[Table, np.nda
     if any(x.suffix in (".jsonl", ".csv", ".parquet") for x in metadata):
         paths, captions, masks = _with_metadata(place, folders[part], above)
     else:
-        paths = _listed(folders[part], data.mask_suffix)
+        paths = _listed(folders[part], data.beside)
         if place.mask_column:
             raise _no_column(place, "mask_column", "image", "; masks stand in metadata.jsonl as mask_file_name")
         if place.caption_column is not None:
@@ -138,10 +142,10 @@ def _imagefolder(place: Source, data: Data, split: Split) -> tuple[Table, np.nda
     return table, _all(table, place, part), alone
 
 
-def _listed(folders: Sequence[Path], mask_suffix: str | None) -> Column:
+def _listed(folders: Sequence[Path], beside: tuple[str, ...]) -> Column:
     import pyarrow as pa
 
-    found = ({"image": path} for folder in folders for path in pictures_in(folder.resolve(), mask_suffix))
+    found = ({"image": path} for folder in folders for path in pictures_in(folder.resolve(), beside))
     return columns(found, pa.schema({"image": pa.string()}))["image"]
 
 
@@ -173,13 +177,13 @@ def _with_metadata(place: Source, folders: Sequence[Path], above: Sequence[Path]
     return paths, read.get(place.caption_column or ""), read.get(place.mask_column or "")
 
 
-def pictures_in(root: Path, mask_suffix: str | None = None) -> Iterator[str]:
-    """Files of known endings, in a fixed order, without hidden ones and masks."""
+def pictures_in(root: Path, beside: tuple[str, ...] = ()) -> Iterator[str]:
+    """Files of known endings, in a fixed order, without hidden ones and those that end as ``beside`` says."""
     known = set(Image.registered_extensions())
     for folder, inner, files in os.walk(root):
         inner[:] = sorted(x for x in inner if not x.startswith((".", "__")))
         for file in sorted(files):
-            if file.startswith(".") or (mask_suffix and file.endswith(mask_suffix)):
+            if file.startswith(".") or file.endswith(beside):
                 continue
             if os.path.splitext(file)[1].lower() in known:
                 yield os.path.join(folder, file)

@@ -29,7 +29,6 @@ MARKER = "style.json"  # what a folder was made with
 class Style:
     """Colours of a drawing: each fill becomes one of ``fills`` by its lightness, from dark to light."""
 
-    words: str  # a caption, with {} for what is drawn
     background: str
     line: str
     fills: tuple[str, ...]
@@ -37,20 +36,20 @@ class Style:
 
 
 STYLES = {
-    "ink": Style("an ink drawing of {}", "#ffffff", "#000000", ("#ffffff",), 1.4),
-    "poster": Style("a poster of {}", "#fcea2b", "#000000", ("#d22f27", "#ffffff"), 1.2),
+    "ink": Style("#ffffff", "#000000", ("#ffffff",), 1.4),
+    "poster": Style("#fcea2b", "#000000", ("#d22f27", "#ffffff"), 1.2),
 }
-PACKAGES = {  # iconify's, whose icons are named almost as CLDR names them: name, version, licence, author, {} for what
-    "noto": ("@iconify-json/noto", "1.2.9", "Apache-2.0", "Google", "a noto drawing of {}"),
-    "fluent": ("@iconify-json/fluent-emoji-flat", "1.2.6", "MIT", "Microsoft", "a fluent drawing of {}"),
+PACKAGES = {  # iconify's, whose icons are named almost as CLDR names them: name, version, licence, author
+    "noto": ("@iconify-json/noto", "1.2.9", "Apache-2.0", "Google"),
+    "fluent": ("@iconify-json/fluent-emoji-flat", "1.2.6", "MIT", "Microsoft"),
 }
 
 # The subject: the teddy bear in a blue that no OpenMoji bear has. Turn in degrees, size, mirrored, background.
 SUBJECT = "teddy bear"
 VIEWS = {
     "train": ((0, 1.0, False, "#ffffff"), (-18, 0.85, False, "#ffffff"), (14, 0.9, True, "#ffffff"),
-              (0, 0.75, True, "#fcea2b"), (-8, 0.95, False, "#b1cc33")),
-    "test": ((10, 0.95, False, "#ffffff"), (-12, 0.9, True, "#ffffff"), (5, 0.8, False, "#92d3f5")),
+              (0, 0.8, True, "#ffffff"), (-8, 0.95, False, "#fcea2b")),
+    "test": ((10, 0.95, False, "#ffffff"), (-12, 0.9, True, "#ffffff"), (5, 0.85, False, "#ffffff")),
 }  # fmt: skip
 BLUE = ("#1e50a0", "#61b2e4", "#92d3f5")
 
@@ -78,6 +77,8 @@ def style_pictures(out: Path | str, size: int = 64, count: int = 40, source: str
     The concepts are those of configs/openmoji/concepts.txt that the demo's model learns, in an order that a hash gives:
     the first ``count`` are the split train, the others the split test. The same call writes the same bytes.
 
+    The captions name the concept alone, as the base's do: the style is what the adaptation adds to every picture.
+
     Args:
         out: the folder to make; one that the same call has made is taken up.
         size: side of the pictures in pixels, 8 to 2048.
@@ -95,17 +96,14 @@ def style_pictures(out: Path | str, size: int = 64, count: int = 40, source: str
 
     def pictures() -> dict[str, list[Picture]]:
         if source in STYLES:
-            style = STYLES[source]
-            made = [
-                Picture(c, style.words.format(caption(c.name)), restyled(c.file.read_text(encoding="utf-8"), style))
-                for c in known
-            ]
+            made = [(c, restyled(c.file.read_text(encoding="utf-8"), STYLES[source])) for c in known]
         else:
-            drawings, words = _from_npm(source), PACKAGES[source][-1]
-            made = [Picture(c, words.format(caption(c.name)), svg) for c in known if (svg := _find(drawings, c.name))]
+            drawings = _from_npm(source)
+            made = [(c, svg) for c in known if (svg := _find(drawings, c.name))]
             if len(made) <= count:
                 raise ValueError(f"{PACKAGES[source][0]} has {len(made)} of the concepts: give a smaller --count")
-        return {"train": made[:count], "test": made[count:]}
+        pictures = [Picture(c, caption(c.name), svg) for c, svg in made]
+        return {"train": pictures[:count], "test": pictures[count:]}
 
     return _folder(Path(out), settings, pictures, _notice(source, size))
 
@@ -119,7 +117,7 @@ def subject_pictures(out: Path | str, size: int = 64) -> Made:
     """
     _check_size(size)
     (concept,) = choose([SUBJECT])
-    blue = Style("{}", "#ffffff", "#000000", BLUE, 1.0)
+    blue = Style("#ffffff", "#000000", BLUE, 1.0)
     settings = {"subject": SUBJECT, "size": size, "views": json.loads(json.dumps(VIEWS))}
 
     def pictures() -> dict[str, list[Picture]]:
@@ -260,7 +258,7 @@ def _folder(out: Path, settings: dict, pictures: Callable[[], dict[str, list[Pic
 
 def _notice(source: str, size: int) -> str:
     if source in PACKAGES:
-        name, version, licence, author, _ = PACKAGES[source]
+        name, version, licence, author = PACKAGES[source]
         return (
             f"# Attribution\n\nEmoji by {author}, under {licence}, from the npm package {name} {version}, rendered to "
             f"{size} × {size} pixel PNG on white; captions made from the Unicode CLDR short names.\n"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from .base import AboveZero, Positive, Section, Share
 from .optim import Pattern
@@ -77,18 +77,10 @@ class LowResolution(Section):
 
 class Hint(Section):
     """A second picture of each row (a sketch, a depth map, an edge map), through the autoencoder: as many channels as
-    the latents, in the order of InstructPix2Pix."""
+    the latents, in the order of InstructPix2Pix. ``data.hint_column`` or ``hint_suffix`` says where it is."""
 
     name: Literal["image"]
-    column: str | None = None  # of the second picture
-    suffix: str | None = None  # imagefolder: the second picture of a.jpg is a + this
     dropout: Share = 0.1  # of images that are shown none; half of them have no caption either
-
-    @model_validator(mode="after")
-    def _one(self) -> Hint:
-        if (self.column is None) == (self.suffix is None):
-            raise ValueError("give column or suffix: where the second picture of each row is")
-        return self
 
 
 Conditioning = Annotated[Inpaint | LowResolution | Hint, Field(discriminator="name")]

@@ -34,7 +34,9 @@ class Data(Section):
     path: str | None = None  # imagefolder, parquet or tar file, folder of such, or hub:owner/name
     sources: tuple[Source, ...] = ()  # several of them, in place of path
     streaming: bool = False  # read parquet or tar files from front to back, for what is too large to be indexed
-    held_out: Annotated[float, Field(gt=0, lt=1)] = 0.05  # share kept for validation where the source has one split
+    held_out: Annotated[float, Field(ge=0, lt=1)] = (
+        0.05  # share kept for validation where the source has one split; 0: none
+    )
     max_skipped: Share = 0.01  # the largest share of rows that may be of no use
     verify: bool | None = None  # decode every picture before the run; None: up to 200,000 rows, above it their headers
 
@@ -47,6 +49,8 @@ class Data(Section):
     bucket_step: Positive | None = None  # a bucket's sides are its multiples; None: what the networks need
     max_aspect_ratio: Annotated[float, Field(ge=1)] = 2.0  # of a bucket; what is longer is cut to it
     mask_column: str | None = None  # weights of the loss at each pixel, as grey pictures: white counts, black does not
+    hint_column: str | None = None  # of conditioning image: each row's second picture
+    hint_suffix: str | None = None  # imagefolder: that of a.jpg is a + this, as in "-sketch.png"
     mask_suffix: str | None = None  # imagefolder: the mask of a.jpg is a + this, as in "-masklabel.png"
 
     instance_prompt: Prompt | None = None  # the whole caption of every picture, in place of all that follows
@@ -74,6 +78,11 @@ class Data(Section):
             update["caption_column"] = None
         return source.model_copy(update=update)
 
+    @property
+    def beside(self) -> tuple[str, ...]:
+        """How files of an imagefolder end that are no rows of their own."""
+        return tuple(suffix for suffix in (self.mask_suffix, self.hint_suffix) if suffix)
+
     @field_validator("caption_templates")
     @classmethod
     def _has_room(cls, templates: tuple[str, ...]) -> tuple[str, ...]:
@@ -98,8 +107,9 @@ class Data(Section):
             raise ValueError("path and sources are both given; give one of them")
         if self.bucket_step and self.resolution % self.bucket_step:
             raise ValueError(f"resolution {self.resolution} is not a multiple of bucket_step {self.bucket_step}")
-        if self.mask_column and self.mask_suffix:
-            raise ValueError("mask_column and mask_suffix are both given; give one of them")
+        for what in ("mask", "hint"):
+            if getattr(self, f"{what}_column") and getattr(self, f"{what}_suffix"):
+                raise ValueError(f"{what}_column and {what}_suffix are both given; give one of them")
         if self.sources and not any(source.loss_weight for source in self.sources):
             raise ValueError("every source has a loss_weight of 0: nothing would be learned")
         if self.streaming and any(source.instance_prompt or source.loss_weight != 1 for source in self.sources):

@@ -29,7 +29,7 @@ from pipelines.core import Parts, generate, with_sizes
 from pipelines.folder import save_parts
 from pipelines.schedulers import default_schedule
 
-from ..adapt import Captions, Trained, opened, reading, whole, write_adapter
+from ..adapt import Captions, Trained, check_prompts, opened, reading, whole, write_adapter
 from ..base import base_of, times_of
 from ..batches import LatentBatches, Stream, dropped
 from ..cache import BATCH, PIXELS, Caches, Together, open_caches
@@ -78,6 +78,8 @@ class DiffusionTask:
                 self.conditioner = Conditioner(config.conditioning, *of)
             self.schedule = self.base.schedule
             how: Times = times_of(config, self.schedule)
+            if config.data.instance_prompt:
+                check_prompts(config, self.encoders.text)
             if config.reads_prompts:
                 self.text = reading(config, self.encoders.keep_text())
         else:

@@ -1,0 +1,79 @@
+"""The commands around adapting a model: `ldm adapt`, `ldm judge`, `ldm data style` and `ldm data subject`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .says import say
+
+
+def style(
+    out: Annotated[Path, typer.Option(help="Folder to make.")],
+    size: Annotated[int, typer.Option(help="Side of the pictures in pixels.")] = 64,
+    count: Annotated[int, typer.Option(help="Pictures to train on; the other concepts are held out.")] = 40,
+    source: Annotated[str, typer.Option(help="ink or poster, drawn here; noto or fluent, fetched by npm.")] = "ink",
+) -> None:
+    """Draw OpenMoji's concepts in a style that the demo's model never saw, as an imagefolder."""
+    from .styles import style_pictures
+
+    print(style_pictures(out, size, count, source))
+
+
+def subject(
+    out: Annotated[Path, typer.Option(help="Folder to make.")],
+    size: Annotated[int, typer.Option(help="Side of the pictures in pixels.")] = 64,
+) -> None:
+    """Draw five pictures of one subject, a blue teddy bear, and three to judge by."""
+    from .styles import subject_pictures
+
+    print(subject_pictures(out, size))
+
+
+def adapt(
+    base: Annotated[str, typer.Option(help="Pipeline folder, run, hub name or single .safetensors file.")],
+    images: Annotated[Path, typer.Option(help="Folder of pictures; captions from .txt files or metadata, if any.")],
+    trigger: Annotated[str, typer.Option(help="What prompts are to say: a rare word and its class, as 'sks dog'.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="key=value overrides of the config.")] = None,
+    method: Annotated[str, typer.Option(help="lora, dreambooth, textual_inversion or finetune.")] = "lora",
+    out: Annotated[Path | None, typer.Option(help="Folder of the run; by default outputs/ and the trigger.")] = None,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Train without asking.")] = False,
+) -> None:
+    """Adapt a model to a folder of pictures: a config is chosen, written, shown, checked and run."""
+    say()
+    from .adapt_auto import adapt as run
+
+    if run(base, images, trigger, method, out, yes, overrides or ()) is None:  # type: ignore[arg-type]  # it is checked
+        raise typer.Exit(1)
+
+
+def judge(
+    run: Annotated[Path, typer.Argument(help="Folder of an adapt run that has ended.")],
+    data: Annotated[Path, typer.Option(help="What the base was trained on, as `ldm data openmoji` makes it.")],
+    style: Annotated[Path | None, typer.Option(help="Pictures of the style, as `ldm data style` makes them.")] = None,
+    subject: Annotated[Path | None, typer.Option(help="Of the subject, as `ldm data subject` makes them.")] = None,
+    prompt: Annotated[str, typer.Option(help="What draws the subject.")] = "a teddy bear sks",
+    concept: Annotated[str, typer.Option(help="The subject's class.")] = "teddy bear",
+    prompts: Annotated[int | None, typer.Option(help="So many of the style's held-out concepts; else all.")] = None,
+    steps: Annotated[int, typer.Option(min=1, help="num_inference_steps")] = 20,
+    guidance: Annotated[float, typer.Option(min=0, help="guidance_scale")] = 3.0,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+) -> None:
+    """Say what an adaptation has learnt and kept, by a network that had no part in training: RUN/judged."""
+    say()
+    import json
+
+    from .evaluate.adapted import judge_style, judge_subject
+
+    if (style is None) == (subject is None):
+        raise ValueError("judge: give --style or --subject: what the run was to learn")
+    how = {"seed": seed, "steps": steps, "guidance_scale": guidance}
+    if style is not None:
+        found = judge_style(run, style, data, prompts=prompts, **how)
+    else:
+        assert subject is not None
+        found = judge_subject(run, subject, data, prompt=prompt, concept=concept, **how)
+    print(json.dumps({key: found[key] for key in ("before", "after", "learnt", "kept") if key in found}, indent=1))
+    print(run / "judged" / "report.html")
