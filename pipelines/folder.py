@@ -9,6 +9,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from safetensors.torch import load_file, save_file
 import ldm.paths
 from ldm.models.base import Network
 from ldm.models.dit import DiT
+from ldm.models.new_tokens import merged
 from ldm.models.text import FAMILIES, TextEncoder
 from ldm.models.text_files import quiet_transformers, which_variant
 from ldm.models.vae import VAE
@@ -73,7 +75,8 @@ def save_parts(folder: str | Path, parts: Parts) -> Path:
     shown something beside the latents is written as the pipeline that shows it (``kinds``).
 
     It is written beside, opened again with the stock classes, compared with the parts given (every weight, and what
-    each network answers), and only then renamed into place. A pipeline folder of the same name is replaced.
+    each network answers), and only then renamed into place. A pipeline folder of the same name is replaced. New tokens
+    become rows of the text encoders' tables.
 
     Returns:
         The folder.
@@ -84,7 +87,7 @@ def save_parts(folder: str | Path, parts: Parts) -> Path:
     target = Path(folder).expanduser().resolve()
     check_replaceable(target)
     with _untouched_randomness(), _quiet():
-        parts = as_written(parts)
+        parts = as_written(replace(parts, text=merged(parts.text)))
         stock = to_stock_pipeline(parts)
         target.parent.mkdir(parents=True, exist_ok=True)
         beside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))

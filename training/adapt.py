@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +24,6 @@ from .schema import AdaptConfig
 from .tasks.common import tuned
 
 if TYPE_CHECKING:
-    from pipelines.core import Parts
     from pipelines.lora import LoraSettings
 
     from .base import Base
@@ -234,15 +233,6 @@ def write_adapter(config: AdaptConfig, folder: Path, net: Network, text: TextEnc
 
 def has_lora(module: nn.Module) -> bool:
     return any(name.endswith(f".{NAME}.weight") and "lora_" in name for name, _ in module.named_parameters())
-
-
-def whole(parts: Parts, config: AdaptConfig) -> Parts:
-    """The parts as a pipeline folder holds them: new tokens are rows of the text encoders' tables."""
-    if not config.new_tokens:
-        return parts
-    from ldm.models.new_tokens import merged
-
-    return replace(parts, text=merged(parts.text))
 
 
 @contextmanager

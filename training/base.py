@@ -119,10 +119,11 @@ class Base:
             place = self.folder / name
             if not place.is_dir() or (self.family == "sd3" and is_empty_folder(place)):
                 continue
-            kind: Any = next(kind for kind in kinds if kind.__name__ == self.index[name][1])
+            (kind,) = (kind for kind in kinds if kind.__name__ == self.index[name][1])
             words = T5Tokenizer if kind is T5EncoderModel else CLIPTokenizer
             tokenizer = load_tokenizer(self.folder / tokenizer_of(name), words)
-            towers[name] = tokenizer, kind(kind.config_class.from_pretrained(place))
+            made: Any = kind
+            towers[name] = tokenizer, made(made.config_class.from_pretrained(place))
         return TextEncoder.from_towers(towers, self.family, **text_settings(self.form, self.bare, self.index))
 
     @cached_property

@@ -48,6 +48,7 @@ class Captioned(Pictures, Protocol):
     @property
     def fingerprint(self) -> str: ...
     def digest(self, i: int) -> bytes: ...  # 16 bytes, of the picture and how it is cut
+    def mask_digest(self, index: int) -> bytes: ...  # 16 bytes, of the mask and how it is cut
     def size_ids(self, indices: Sequence[int]) -> Tensor: ...  # (B, 6)
     def masks(self, indices: Sequence[int]) -> Tensor | None: ...  # (B, 1, H, W) in [0, 1]
 

@@ -54,7 +54,7 @@ def judge(
     data: Annotated[Path, typer.Option(help="What the base was trained on, as `ldm data openmoji` makes it.")],
     style: Annotated[Path | None, typer.Option(help="Pictures of the style, as `ldm data style` makes them.")] = None,
     subject: Annotated[Path | None, typer.Option(help="Of the subject, as `ldm data subject` makes them.")] = None,
-    prompt: Annotated[str, typer.Option(help="What draws the subject.")] = "a teddy bear sks",
+    prompt: Annotated[str, typer.Option(help="What draws the subject.")] = "a sks teddy bear",
     concept: Annotated[str, typer.Option(help="The subject's class.")] = "teddy bear",
     prompts: Annotated[int | None, typer.Option(help="So many of the style's held-out concepts; else all.")] = None,
     steps: Annotated[int, typer.Option(min=1, help="num_inference_steps")] = 20,

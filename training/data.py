@@ -183,16 +183,27 @@ class Rows(Dataset):
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 over what the rows hold: the pictures, how they are cut, what they count, and all their captions."""
+        """SHA-256 over what the rows hold: the pictures, how they are cut, what they count, their masks and
+        all their captions."""
         if self._fingerprint is None:
             total = hashlib.sha256(f"{self.shapes} {self.center_crop}".encode())
             total.update(self._digests.tobytes() + self.bucket.tobytes())
             if (weights := self.loss_weights(range(len(self)))) is not None:
                 total.update(weights.numpy().tobytes())
+            if any(table.masks is not None for table in self._tables):
+                for i in range(len(self)):
+                    total.update(self.mask_digest(i))
             for texts in self.texts:
                 total.update(digest_of("\0".join(texts).encode("utf-8", "surrogatepass")))
             self._fingerprint = total.hexdigest()
         return self._fingerprint
+
+    def mask_digest(self, index: int) -> bytes:
+        """16 bytes that change with the mask's content and with how it is cut; of a row without one too."""
+        (height, width), (table, row) = self.shapes[self.bucket[index]], self._at(index)
+        with self._named(index):
+            mask = table.mask(row)
+        return digest_of((b"none" if mask is None else mask) + f"{height}x{width} {self.center_crop}".encode())
 
     def _at(self, index: int) -> tuple[Table, int]:
         return self._tables[self._table[index]], int(self._row[index])

@@ -207,7 +207,9 @@ def train(
                 pulse.at("drawing samples")
                 with whole(players, accelerator):
                     if main:
-                        task.sample(run / "samples" / f"images_{now.images:09d}.png")
+                        sheet = run / "samples" / f"images_{now.images:09d}.png"
+                        task.sample(sheet)
+                        journal.show(now.images, sheet)
             if due(config.checkpoint_every) or asked or best:
                 pulse.at("saving")
                 save(best)

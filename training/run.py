@@ -179,11 +179,10 @@ def train_one(config: Config, train_rows: Any, test_rows: Any, resume: str | Pat
         task, config.train, run=run, seed=config.seed, accelerator=accelerator, inputs=inputs, resume=resume,
         flops=training_flops(*network_of(config)) if main else None,
     )  # fmt: skip
-    if accelerator.is_fsdp2:
+    with loop.whole(task.players, accelerator):  # under FSDP2 the main process gets whole weights
         if main:
-            log.info("%s: trained; the same command in one process, without FSDP, writes the pipeline", run)
-    elif main:
-        task.export()
+            task.export()
+    if main:
         if isinstance(config, AdaptConfig):
             write_card(result_of(config), config, data=_summary(train_rows), samples=_last_grid(run))
         write_report(run, title=f"{config.task}: {run.name}", data=_summary(train_rows))

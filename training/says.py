@@ -25,3 +25,4 @@ def say() -> None:
     )
     for name in ("httpx", "httpx2", "datasets", "accelerate"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # of kernels that it would fetch

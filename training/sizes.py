@@ -148,7 +148,8 @@ def _adapted_of(config: AdaptConfig) -> tuple[Build, Forward]:
             text = reading(counted, base.blank_text()) if reads else None
             if text is not None and config.new_tokens:
                 rows = {new.token: new.num_vectors for new in config.new_tokens}
-                width = {name: m.get_input_embeddings().weight.shape[1] for name, (_, m) in text.towers().items()}
+                towers: dict[str, Any] = {name: model for name, (_, model) in text.towers().items()}
+                width = {name: model.get_input_embeddings().weight.shape[1] for name, model in towers.items()}
                 new = {name: {token: torch.empty(n, w) for token, n in rows.items()} for name, w in width.items()}
                 place(text, new, trainable=True)
             module = Trained(net, text)

@@ -29,7 +29,7 @@ from pipelines.core import Parts, generate, with_sizes
 from pipelines.folder import save_parts
 from pipelines.schedulers import default_schedule
 
-from ..adapt import Captions, Trained, check_prompts, opened, reading, whole, write_adapter
+from ..adapt import Captions, Trained, check_prompts, opened, reading, write_adapter
 from ..base import base_of, times_of
 from ..batches import LatentBatches, Stream, dropped
 from ..cache import BATCH, PIXELS, Caches, Together, open_caches
@@ -261,8 +261,7 @@ class DiffusionTask:
             if isinstance(config, AdaptConfig) and not config.whole:
                 write_adapter(config, self.run / "adapter", self.net, self.text, self.base)
             else:
-                parts = whole(self.parts, config) if isinstance(config, AdaptConfig) else self.parts
-                save_parts(self.run / "pipeline", parts)
+                save_parts(self.run / "pipeline", self.parts)
         self.encoders.free(**self.cached)
 
 
