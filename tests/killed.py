@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-TASKS = ("clip", "vae", "unet", "stream")
+TASKS = ("clip", "vae", "unet", "stream", "adapt")
 COLOURS = ("red", "green", "blue", "yellow", "black", "orange")
 GOLDEN = Path(__file__).with_name("golden.json")
 
@@ -48,7 +48,7 @@ def draw(root: Path) -> Path:
 
 
 def configs(root: Path, out: Path, **train: Any) -> dict[str, dict[str, Any]]:
-    """By task; CLIP and autoencoder are taken from ``root``. The stream has a loader's worker."""
+    """By task; CLIP, autoencoder and the base of adapting are taken from ``root``. The stream has a loader's worker."""
     often = {"log_every": 12, "validate_every": 24, "sample_every": 10**6, "checkpoint_every": 8}
     how = {"images": 80, "batch_size": 2, "gradient_accumulation_steps": 2, "mixed_precision": "no", **often, **train}
     common = {
@@ -72,10 +72,16 @@ def configs(root: Path, out: Path, **train: Any) -> dict[str, dict[str, Any]]:
     parts = {"vae": {"pretrained": str(root / "vae")}, "text": {"pretrained": str(root / "clip")}}
     flow = {**common, "data": {"path": str(root / "shards"), "resolution": 16, "streaming": True}}
     flow["train"] = {**how, "num_workers": 1}
+    adapt = {
+        "base": str(root / "unet"), "lora": {"rank": 2, "lora_dropout": 0.2}, "train_text_encoder": True,
+        "new_tokens": [{"token": "<toy>"}],
+        "prior": {"class_prompt": "red box", "num_class_images": 4, "num_inference_steps": 2, "guidance_scale": 1.0},
+    }  # fmt: skip
     return {
         "clip": {"task": "clip", **common, "model": clip, "output_dir": str(out / "clip")},
         "vae": {"task": "autoencoder", **common, "model": vae, "loss": loss, "output_dir": str(out / "vae")},
         "unet": {"task": "diffusion", **common, **parts, "model": unet, "output_dir": str(out / "unet")},
+        "adapt": {"task": "adapt", **common, **adapt, "output_dir": str(out / "adapt")},
         "stream": {"task": "diffusion", **flow, **parts, "model": unet, "output_dir": str(out / "stream")},
     }
 

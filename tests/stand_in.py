@@ -56,7 +56,9 @@ class Bucketed:
         return hashlib.blake2b(self.bytes[i].numpy().tobytes() + bytes(self.bucket[i : i + 1]), digest_size=16).digest()
 
     def mask_digest(self, index: int) -> bytes:
-        return hashlib.blake2b(self.digest(index), digest_size=16, person=b"mask").digest()
+        masks = self.masks([index])
+        told = b"none" if masks is None else masks.numpy().tobytes() + bytes(self.bucket[index : index + 1])
+        return hashlib.blake2b(told, digest_size=16).digest()
 
     def size_ids(self, indices: Sequence[int]) -> Tensor:
         return torch.tensor([[100.0 + i, 200.0, i, 0.0, *SHAPES[self.bucket[i]]] for i in indices])

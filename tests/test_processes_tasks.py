@@ -12,7 +12,7 @@ from tests.killed_together import one_and_two
 from tests.toy import begun, ended
 from training import checkpoint, processes
 
-TASKS = ("clip", "vae", "unet")
+TASKS = ("clip", "vae", "unet", "adapt")
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +29,7 @@ def test_gradients_are_those_of_one_process_with_the_double_batch(task: str, mad
     pairs of both processes' rows, so it would show a gradient that one of them keeps for itself."""
     one, two = (checkpoint.load(checkpoint.listed(run / task / "checkpoints")[-1]) for run in (made, made / "two"))
     assert (one[1]["images"], one[1]["steps"], two[1]["steps"], two[1]["world"]) == (16, 2, 2, 2)
-    name = {"unet": "net"}.get(task, task)
+    name = {"unet": "net", "adapt": "net"}.get(task, task)
     moments = {k: v for k, v in one[0][f"{name}_optimizer"].items() if k.endswith(".exp_avg")}
     largest = max(v.abs().max().item() for v in moments.values())
     assert len(moments) > 10 and largest > 0
