@@ -23,7 +23,7 @@ from ldm.models.vae import VAE
 
 from .core import Generators, Parts, decode, latent_shape, sample_latents, start_latents, with_sizes
 from .folder import load_parts, save_parts
-from .lora_pipeline import LoraMixin
+from .lora.mixin import LoraMixin
 from .schedulers import Schedule
 from .stock import from_stock_pipeline
 

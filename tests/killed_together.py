@@ -122,6 +122,8 @@ def one_and_two(root: Path, tasks: tuple[str, ...]) -> None:
     one, two = configs(root, root, **how, batch_size=4), configs(root, root / "two", **how)
     for raw in (one["vae"], two["vae"]):
         raw["loss"] = {}
+    for raw in (one["adapt"], two["adapt"]):  # what is dropped is drawn by each process, for its own rows
+        raw["lora"]["lora_dropout"] = 0.0
     for task in tasks:
         trained(one[task], root / f"{task}.txt")
         done(two[task], root / f"{task}_two")

@@ -13,7 +13,7 @@ import transformers
 from diffusers.utils import logging as diffusers_logging
 from torch import Tensor, nn
 
-from pipelines.lora_files import Component, Layer, LoraFile
+from pipelines.lora.files import Component, Layer, LoraFile
 from tests import families
 
 PIPES: dict[str, Callable[[], Any]] = {"sd15": families.sd, "sdxl": families.sdxl, "sd3": families.sd3}

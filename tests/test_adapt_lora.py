@@ -15,7 +15,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 from pipelines.core import generate
-from pipelines.lora_read import read_lora
+from pipelines.lora.read import read_lora
 from pipelines.text_to_image import TextToImagePipeline
 from tests.adapting import base, config, drawn, stock, trained
 from training.fit import ConfigError

@@ -190,7 +190,11 @@ def test_the_shipped_configs_are_whole_and_fit_together() -> None:
     ours = {name: file for name, file in config_files().items() if file.suffix == ".yaml"}
     made = {name: load(file) for name, file in ours.items() if not name.startswith("accelerate/")}
     parts = [f"openmoji/{n}" for n in ("clip", "vae", "unet", "mmdit", "dit")]
-    assert {*parts, "vae_f8", "unet_sd2_from_scratch", "dit_xl_from_scratch", "mmdit_from_scratch"} == made.keys()
+    adapting = {f"openmoji/{n}" for n in ("lora", "dreambooth", "textual_inversion")}
+    adapting |= {"sd15_finetune", "sd15_lora", "sdxl_lora", "sd3_lora", "pixart_lora"}
+    adapting |= {"dreambooth", "textual_inversion", "inpaint"}
+    scratch = {"vae_f8", "unet_sd2_from_scratch", "dit_xl_from_scratch", "mmdit_from_scratch"}
+    assert {*parts, *adapting, *scratch} == made.keys()
     check_together([made[name] for name in parts])
 
 

@@ -12,14 +12,14 @@ from torch import nn
 
 from ldm.cond import Cond
 from ldm.models import linear
-from pipelines.lora import (
+from pipelines.lora.live import (
     LoraSettings,
     add_lora,
     lora_of,
     target_names,
     unload,
 )
-from pipelines.lora_targets import PRESETS
+from pipelines.lora.targets import PRESETS
 from tests import families, tiny
 from tests.twins import NETWORKS, TOLERANCE, assert_close, assert_same_gradients, call
 from training.schema.adapt import Presets

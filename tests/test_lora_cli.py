@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from pipelines.lora_files import read_lora, write_lora
+from pipelines.lora.files import read_lora, write_lora
 from tests import lora_made
 from training import cli_lora
 

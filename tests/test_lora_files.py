@@ -10,8 +10,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from pipelines import lora_kohya
-from pipelines.lora_files import Layer, LoraFile, family_of, look_into, read_lora, write_lora
+from pipelines.lora import kohya
+from pipelines.lora.files import Layer, LoraFile, family_of, look_into, read_lora, write_lora
 from tests import lora_made
 
 DOWN, UP = torch.randn(2, 6), torch.randn(4, 2)
@@ -85,23 +85,22 @@ def test_every_module_of_stock_networks_has_a_kohya_name_and_back():
     for family in ("sd15", "sdxl", "sd3"):
         names = lora_made.module_names(family)
         for component, layers in lora_made.lora(family, ".").components.items():
-            keys = {module: lora_kohya.kohya_name(component, module, family, names) for module in layers}
+            keys = {module: kohya.kohya_name(component, module, family, names) for module in layers}
             assert len(set(keys.values())) == len(keys)
             for module, key in keys.items():
-                assert lora_kohya.place(key, names)[:2] == (component, (module,))
+                assert kohya.place(key, names)[:2] == (component, (module,))
                 if family != "sdxl":  # whose depth is not the published one here
-                    assert lora_kohya.place(key)[:2] == (component, (module,))
+                    assert kohya.place(key)[:2] == (component, (module,))
 
 
 def test_published_sdxl_is_named_as_kohya_names_it():
     """The counts are those of the published UNet: 70 transformer blocks, 17 resnets."""
-    table = lora_kohya._published("sdxl")
+    table = kohya._published("sdxl")
     stock = [modules[0] for modules, _ in table.values()]
     assert sum(name.endswith("attn1.to_q") for name in stock) == 10 * 11  # up to 10 deep in 11 places
     assert sum(name.endswith("conv1") for name in stock) == 17
     assert (
-        lora_kohya.kohya_name("unet", "up_blocks.0.attentions.2.proj_out", "sdxl")
-        == "lora_unet_output_blocks_2_1_proj_out"
+        kohya.kohya_name("unet", "up_blocks.0.attentions.2.proj_out", "sdxl") == "lora_unet_output_blocks_2_1_proj_out"
     )
 
 
@@ -366,7 +365,7 @@ def test_writing_over_and_failing(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         path.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("pipelines.lora_write.write_safetensors", full)
+    monkeypatch.setattr("pipelines.lora.write.write_safetensors", full)
     with pytest.raises(OSError, match="No space"):
         write_lora(file, small(), overwrite=True)
     assert torch.equal(load_file(file)[B], 2 * UP) and len(list(tmp_path.iterdir())) == 1

@@ -9,7 +9,7 @@ import torch
 from diffusers import PixArtAlphaPipeline
 from peft import PeftModel
 
-from pipelines.lora_files import LoraFile, read_lora, write_lora
+from pipelines.lora.files import LoraFile, read_lora, write_lora
 from tests import families, lora_made
 from tests.lora_made import apart, changed, quiet, weights
 
@@ -60,7 +60,7 @@ def test_kohya_form(family: str, tmp_path: Path):
 
 def test_what_stock_misreads_in_kohya_form_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     """Several alphas: stock takes the most common one for all attention layers. With one alpha it is right."""
-    from pipelines.lora_tools import convert
+    from pipelines.lora.tools import convert
 
     lora = lora_made.lora("sd15", varied=True)
     with caplog.at_level(logging.WARNING):

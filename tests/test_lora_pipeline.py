@@ -10,8 +10,8 @@ from diffusers import DiffusionPipeline
 from peft import LoraConfig, PeftModel, inject_adapter_in_model
 
 from ldm.models.new_tokens import add_tokens
-from pipelines.lora import LoraSettings, add_lora, lora_of, unload
-from pipelines.lora_files import LoraFile, read_lora, write_lora
+from pipelines.lora.files import LoraFile, read_lora, write_lora
+from pipelines.lora.live import LoraSettings, add_lora, lora_of, unload
 from pipelines.text_to_image import TextToImagePipeline
 from pipelines.textual_inversion import save_embeddings
 from tests import families

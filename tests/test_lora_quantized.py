@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from pipelines.lora import LoraSettings, add_lora, fuse, load_lora, lora_of, unload
-from pipelines.quantized import KINDS, quantize
+from pipelines.lora.live import LoraSettings, add_lora, fuse, load_lora, lora_of, unload
+from pipelines.lora.quantized import KINDS, quantize
 from tests import families, tiny
 from tests.twins import NETWORKS, assert_close, assert_same_gradients, call
 

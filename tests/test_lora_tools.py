@@ -10,10 +10,10 @@ from diffusers import DiffusionPipeline, PixArtSigmaPipeline
 from safetensors.torch import load_file, save_file
 
 from pipelines.convert import convert as convert_model
-from pipelines.lora_files import Layer, LoraFile, look_into, read_lora, write_lora
-from pipelines.lora_info import info
-from pipelines.lora_math import joined, merged, norm, one_alpha, resized
-from pipelines.lora_tools import convert, extract, merge, merge_into, resize
+from pipelines.lora.algebra import joined, merged, norm, one_alpha, resized
+from pipelines.lora.files import Layer, LoraFile, look_into, read_lora, write_lora
+from pipelines.lora.info import info
+from pipelines.lora.tools import convert, extract, merge, merge_into, resize
 from tests import families, lora_made
 from tests.lora_made import TEXT, UNET, apart, changed, quiet, weights
 

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from ldm.models.new_tokens import add_tokens
-from pipelines.lora import (
+from pipelines.lora.files import Layer
+from pipelines.lora.live import (
     LoraSettings,
     active_adapters,
     adapters,
@@ -20,7 +21,6 @@ from pipelines.lora import (
     unfuse,
     unload,
 )
-from pipelines.lora_files import Layer
 from tests import tiny
 from tests.test_lora import ALL, NETS, assert_restored, drawn, gradients, inputs, stock_call, weights
 from tests.twins import NETWORKS, assert_close, assert_same_gradients, call

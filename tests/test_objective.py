@@ -69,7 +69,9 @@ def test_options_reach_their_function() -> None:
     expected = shift(logit_normal(U, RectifiedFlow(), mean=0.7, std=0.5), 3.0)
     torch.testing.assert_close(times(given.timesteps, 8, RectifiedFlow(), U, INDEX), expected)
     given = config(timesteps={"name": "mode", "scale": 0.4})
-    torch.testing.assert_close(times(given.timesteps, 8, RectifiedFlow(), U, INDEX), mode(U, RectifiedFlow(), scale=0.4))
+    torch.testing.assert_close(
+        times(given.timesteps, 8, RectifiedFlow(), U, INDEX), mode(U, RectifiedFlow(), scale=0.4)
+    )
     given = config(weighting={"name": "min_snr", "gamma": 2.0})
     torch.testing.assert_close(weights(given, CosineVP(), V(), U), min_snr(CosineVP(), V(), U, gamma=2.0))
 

@@ -24,7 +24,7 @@ from .schema import AdaptConfig
 from .tasks.common import tuned
 
 if TYPE_CHECKING:
-    from pipelines.lora import LoraSettings
+    from pipelines.lora.live import LoraSettings
 
     from .base import Base
 
@@ -87,7 +87,7 @@ def learning(config: AdaptConfig, net: Network) -> Network:
     Raises:
         ConfigError: a LoRA does not fit the network, or its targets match nothing.
     """
-    from pipelines.lora import add_lora, load_lora
+    from pipelines.lora.live import add_lora, load_lora
 
     net.train()
     if not config.train_denoiser:
@@ -102,7 +102,7 @@ def learning(config: AdaptConfig, net: Network) -> Network:
     name = component_of(net)
     with _telling("lora"):
         if config.lora.quantization:
-            from pipelines.quantized import quantize
+            from pipelines.lora.quantized import quantize
 
             quantize(net, config.lora.quantization)
         for i, other in enumerate(config.lora.adapters):
@@ -120,7 +120,7 @@ def learning(config: AdaptConfig, net: Network) -> Network:
 def reading(config: AdaptConfig, text: TextEncoder) -> TextEncoder:
     """The text encoders with what the config lets train of them, and nothing else, requiring gradients."""
     from ldm.models.new_tokens import add_tokens
-    from pipelines.lora import add_lora, load_lora
+    from pipelines.lora.live import add_lora, load_lora
 
     text.train().requires_grad_(False)
     towers = {
@@ -164,7 +164,7 @@ def check_prompts(config: AdaptConfig, text: TextEncoder) -> None:
 
 def settings_of(config: AdaptConfig, *, text: bool = False) -> LoraSettings:
     """peft's, of the config's section ``lora``; with ``text`` of the text encoders."""
-    from pipelines.lora import LoraSettings
+    from pipelines.lora.live import LoraSettings
 
     how = config.lora
     assert how is not None
@@ -189,7 +189,7 @@ def component_of(net: Network) -> str:
 
 
 def _read(source: str) -> dict[str, Any]:
-    from pipelines.lora_read import read_lora
+    from pipelines.lora.read import read_lora
 
     return read_lora(source).components
 
@@ -215,9 +215,9 @@ def write_adapter(config: AdaptConfig, folder: Path, net: Network, text: TextEnc
     Args:
         text: where the text encoders train.
     """
-    from pipelines.lora import lora_of
-    from pipelines.lora_layer import LoraFile
-    from pipelines.lora_write import write_lora
+    from pipelines.lora.layer import LoraFile
+    from pipelines.lora.live import lora_of
+    from pipelines.lora.write import write_lora
     from pipelines.textual_inversion import save_embeddings
 
     folder.mkdir(parents=True, exist_ok=True)

@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple
 
 import yaml
 
-from .config import _Dumper, _override, parse
+from .config import Dumper, parse, put
 from .fit import ConfigError
 from .schema import AdaptConfig
 from .tables import DataError
@@ -89,7 +89,7 @@ def adapt_config(
         raw["weighting"] = {"name": "min_snr", "gamma": 5.0}
     _check_trigger(opened.folder, trigger)
     for text in overrides:
-        _override(raw, text)
+        put(raw, text)
     config = _parsed(raw)
     said = {text.split("=")[0] for text in overrides}
     return _fitted(config, said) if fitted else config
@@ -177,11 +177,11 @@ def _parsed(raw: dict[str, Any]) -> AdaptConfig:
 
 def _opened(raw: dict[str, Any]) -> Any:
     """The base, before it is known what resolution it is for."""
-    from .base import _folder, _read
+    from .base import found
 
     try:
-        return _read(_folder(_parsed(raw)), raw.get("variant"))
-    except (ValueError, OSError) as error:
+        return found(_parsed(raw))
+    except ConfigError as error:
         raise ConfigError(f"--base: {error}".replace("--base: base: ", "--base: ")) from error
 
 
@@ -253,7 +253,7 @@ def written(config: AdaptConfig) -> str:
         kind = getattr(config, section)
         if isinstance(value, dict) and hasattr(kind, "name"):
             told[section] = {"name": kind.name, **value}
-    return yaml.dump({"task": config.task, **told}, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
+    return yaml.dump({"task": config.task, **told}, Dumper=Dumper, sort_keys=False, allow_unicode=True, width=100)
 
 
 def adapt(

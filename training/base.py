@@ -161,14 +161,23 @@ def base_of(config: AdaptConfig) -> Base:
     Raises:
         ConfigError: it is not there, no pipeline, or of a kind that cannot be trained on; or the config contradicts it.
     """
-    folder = _folder(config)
-    try:
-        base = _read(folder, config.variant)
-    except (ValueError, OSError) as error:
-        raise ConfigError(f"base: {error}") from error
+    base = found(config)
     base = replace(base, schedule=_agreed(config, base))
     _check(config, base)
     return base
+
+
+def found(config: AdaptConfig) -> Base:
+    """The config's ``base`` as it is, with which the rest of the config is not compared.
+
+    Raises:
+        ConfigError: it is not there, no pipeline, or of a kind that cannot be trained on.
+    """
+    folder = _folder(config)
+    try:
+        return _read(folder, config.variant)
+    except (ValueError, OSError) as error:
+        raise ConfigError(f"base: {error}") from error
 
 
 def times_of(config: AdaptConfig, schedule: Schedule) -> Times:

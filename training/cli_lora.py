@@ -43,16 +43,16 @@ def merge(
 ) -> None:
     """Merge LoRA into a model's weights, or several into one LoRA."""
     say()
-    from pipelines import lora_tools
+    from pipelines.lora import tools
 
     if base is None:
         how: dict[str, Any] = dict(format=format or "diffusers", base=family, dtype=dtype, overwrite=overwrite)
-        print(lora_tools.merge(loras, out, weights=weight, rank=rank, **how))
+        print(tools.merge(loras, out, weights=weight, rank=rank, **how))
         return
     for name, value in (("rank", rank), ("format", format), ("family", family)):
         if value is not None:
             raise ValueError(f"--{name}: with --base a pipeline folder is written, which has none; leave it out")
-    print(lora_tools.merge_into(base, loras, out, weights=weight, dtype=dtype, overwrite=overwrite))
+    print(tools.merge_into(base, loras, out, weights=weight, dtype=dtype, overwrite=overwrite))
 
 
 @app.command()
@@ -76,11 +76,11 @@ def extract(
     from rich.console import Console
     from rich.progress import Progress
 
-    from pipelines import lora_tools
+    from pipelines.lora import tools
 
     with Progress(transient=True, console=Console(stderr=True)) as bar:
         task = bar.add_task("decomposing", total=None)
-        made = lora_tools.extract(
+        made = tools.extract(
             original,
             tuned,
             out,
@@ -110,10 +110,10 @@ def resize(
 ) -> None:
     """Bring a LoRA to a lower rank, losing as little as can be."""
     say()
-    from pipelines import lora_tools
+    from pipelines.lora import tools
 
     how: dict[str, Any] = dict(format=format, base=family, dtype=dtype, overwrite=overwrite)
-    _tell(lora_tools.resize(lora, out, rank=rank, energy=energy, **how))
+    _tell(tools.resize(lora, out, rank=rank, energy=energy, **how))
 
 
 @app.command()
@@ -131,10 +131,10 @@ def convert(
 ) -> None:
     """Write a LoRA in another form, with its ranks, alphas and metadata."""
     say()
-    from pipelines import lora_tools
+    from pipelines.lora import tools
 
     how: dict[str, Any] = dict(base=family, dtype=dtype, trigger=trigger or (), same_alpha=same_alpha)
-    print(lora_tools.convert(lora, out, format, overwrite=overwrite, **how))  # type: ignore[arg-type]
+    print(tools.convert(lora, out, format, overwrite=overwrite, **how))  # type: ignore[arg-type]
 
 
 @app.command()
@@ -145,9 +145,9 @@ def info(
 ) -> None:
     """Say what is in a LoRA: form, model, layers, ranks, alphas, trigger words."""
     say()
-    from pipelines import lora_info
+    from pipelines.lora import info
 
-    found = lora_info.info(lora, norms=norms)
+    found = info.info(lora, norms=norms)
     print(f"form: {found.format}, {' and '.join(found.dtypes)}")
     print(f"model: {found.base or 'not told'}")
     if title := found.metadata.get("modelspec.title"):

@@ -26,7 +26,7 @@ class _Loader(yaml.SafeLoader):
     """YAML 1.2's floats and booleans: 1e-4 is a number, `no` a word."""
 
 
-class _Dumper(yaml.SafeDumper):
+class Dumper(yaml.SafeDumper):
     """Quotes the words that ``_Loader`` would take for numbers."""
 
 
@@ -35,7 +35,7 @@ _Loader.yaml_implicit_resolvers = {
     first: [x for x in resolvers if x[0] != _BOOL] for first, resolvers in _Loader.yaml_implicit_resolvers.items()
 }
 _Loader.add_implicit_resolver(_BOOL, re.compile(r"^(true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
-for _class in (_Loader, _Dumper):
+for _class in (_Loader, Dumper):
     _class.add_implicit_resolver(
         "tag:yaml.org,2002:float",
         re.compile(
@@ -62,7 +62,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     if not isinstance(raw, dict):
         raise ConfigError(f"{path}: expected `key: value` lines, found {type(raw).__name__}")
     for override in overrides:
-        _override(raw, override)
+        put(raw, override)
     return parse(raw, str(path))
 
 
@@ -107,10 +107,11 @@ def relocate(configs: Sequence[Config], root: str | Path) -> list[Config]:
 
 def dump(config: Config) -> str:
     """The whole config as YAML, defaults written out: this text alone repeats the run."""
-    return yaml.dump(json.loads(config.model_dump_json()), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+    return yaml.dump(json.loads(config.model_dump_json()), Dumper=Dumper, sort_keys=False, allow_unicode=True)
 
 
-def _override(raw: dict[str, Any], text: str) -> None:
+def put(raw: dict[str, Any], text: str) -> None:
+    """``key.key=value`` into a plain dictionary."""
     key, eq, value = text.partition("=")
     if not eq or not key:
         raise ConfigError(f"override {text!r}: expected key=value, for example train.images=1000")

@@ -8,12 +8,12 @@ from pathlib import Path
 
 from torch import Tensor
 
-from .convert_configs import Part, infer, recognise
-from .convert_files import Source, open_checkpoint, open_part, stock_like
-from .convert_notes import told_configs
-from .folder import INDEX
-from .key_maps import JUNK, OLD_SINGLE, pairs, renamed
-from .lora_kohya import COMPONENTS
+from ..convert_configs import Part, infer, recognise
+from ..convert_files import Source, open_checkpoint, open_part, stock_like
+from ..convert_notes import told_configs
+from ..folder import INDEX
+from ..key_maps import JUNK, OLD_SINGLE, pairs, renamed
+from .kohya import COMPONENTS
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from .lora_targets import is_quantized, lora_layers
+from .targets import is_quantized, lora_layers
 
 Kind = Literal["nf4", "int8"]
 KINDS: tuple[Kind, ...] = ("nf4", "int8")

@@ -13,15 +13,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from .convert_files import DTYPES, shape
-from .core import Parts
-from .folder import check_replaceable, load_parts, save_parts
-from .lora_files import FORMATS, Component, Format, Layer, LoraFile, family_of, look_into, read_lora, write_lora
-from .lora_kohya import Names
-from .lora_math import extracted, fits, joined, merged, norm, one_alpha, resized
-from .lora_notes import triggers
-from .lora_weights import Weights, open_model, pipeline_folder
-from .stock import form_of
+from ..convert_files import DTYPES, shape
+from ..core import Parts
+from ..folder import check_replaceable, load_parts, save_parts
+from ..stock import form_of
+from .algebra import extracted, fits, joined, merged, norm, one_alpha, resized
+from .files import FORMATS, Component, Format, Layer, LoraFile, family_of, look_into, read_lora, write_lora
+from .kohya import Names
+from .notes import triggers
+from .weights import Weights, open_model, pipeline_folder
 
 log = logging.getLogger(__name__)
 Source = str | Path | LoraFile

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
-from .lora_kohya import COMPONENTS, TEXT, kind_of, with_text_model
+from .kohya import COMPONENTS, TEXT, kind_of, with_text_model
 
 ADAPTER = "lora_adapter_metadata"
 PEFT = "base_model.model."

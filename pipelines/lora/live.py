@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from ldm.models.base import acts
 from ldm.models.new_tokens import GrownEmbedding
 
-from .lora_files import Component, Layer
-from .lora_targets import (
+from .files import Component, Layer
+from .targets import (
     FROM_BASE,
     INITS,
     LoraSettings,

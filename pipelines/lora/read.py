@@ -10,10 +10,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from .convert_files import Source, open_safetensors, read_json, shape
-from .lora_kohya import COMPONENTS, Names, is_kohya, place, taken_apart
-from .lora_layer import Component, Layer, LoraFile
-from .lora_stock import ADAPTER, other_kind, read_alphas, split_key, stock_place, unpacked
+from ..convert_files import Source, open_safetensors, read_json, shape
+from .kohya import COMPONENTS, Names, is_kohya, place, taken_apart
+from .layer import Component, Layer, LoraFile
+from .stock import ADAPTER, other_kind, read_alphas, split_key, stock_place, unpacked
 
 STOCK_FILE, PEFT_FILE, PEFT_CONFIG = (
     "pytorch_lora_weights.safetensors",

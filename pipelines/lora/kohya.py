@@ -13,7 +13,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import cache, lru_cache
 from typing import NamedTuple
 
-from .key_maps import MMDIT, SAME, SWAP, UNET, Op, pairs
+from ..key_maps import MMDIT, SAME, SWAP, UNET, Op, pairs
 
 Names = Mapping[str, Collection[str]]  # of each component: its network's module names
 Single = tuple[tuple[str, ...], Op]  # stock modules that one layer of CompVis's is, and how it is taken apart

@@ -6,10 +6,10 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from .lora_files import Format, family_of, look_into, read_lora
-from .lora_kohya import Names
-from .lora_math import norm
-from .lora_notes import triggers
+from .algebra import norm
+from .files import Format, family_of, look_into, read_lora
+from .kohya import Names
+from .notes import triggers
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from .lora_layer import Component, Layer
+from .layer import Component, Layer
 
 
 def merged(weight: Tensor, layers: Sequence[tuple[Layer, float]]) -> Tensor:

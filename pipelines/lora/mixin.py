@@ -13,9 +13,9 @@ from ldm.models.base import Network
 from ldm.models.text import TextEncoder
 from ldm.models.unet import UNet
 
-from . import lora, lora_files
-from .lora_files import LoraFile
-from .textual_inversion import load_embeddings
+from ..textual_inversion import load_embeddings
+from . import live
+from .files import LoraFile, read_lora, write_lora
 
 
 class LoraMixin:
@@ -41,7 +41,7 @@ class LoraMixin:
             ValueError: the name is taken, or the LoRA is one for another model: a part or a layer that is not here, or
                 of another size. Nothing has changed then.
         """
-        file = source if isinstance(source, LoraFile) else lora_files.read_lora(source, names=self._names())
+        file = source if isinstance(source, LoraFile) else read_lora(source, names=self._names())
         what = "the LoRA" if isinstance(source, LoraFile) else str(source)
         taken = {name for names in self.get_list_adapters().values() for name in names}
         if adapter_name is None:
@@ -50,8 +50,8 @@ class LoraMixin:
             raise ValueError(f"adapter name {adapter_name!r} is taken by another LoRA; choose another, or unload it")
         try:
             for component, part in check_components(file, self._loadable).items():
-                lora.load_lora(part, file.components[component], adapter_name)
-                lora.set_weights(part, {adapter_name: 1.0})
+                live.load_lora(part, file.components[component], adapter_name)
+                live.set_weights(part, {adapter_name: 1.0})
         except ValueError as error:
             raise ValueError(f"{what}: {error}") from error
         return adapter_name
@@ -76,22 +76,22 @@ class LoraMixin:
         name = known[0] if adapter_name is None else adapter_name
         if name not in known:
             raise ValueError(f"no adapter {name!r} in the pipeline; there is {', '.join(known) or 'none'}")
-        parts = {part: module for part, module in self._loadable.items() if name in lora.adapters(module)}
-        file = LoraFile({part: lora.lora_of(module, name) for part, module in parts.items()})
+        parts = {part: module for part, module in self._loadable.items() if name in live.adapters(module)}
+        file = LoraFile({part: live.lora_of(module, name) for part, module in parts.items()})
         base = self.text.family
         if isinstance(self.net, UNet) and base == "sd":
             base = "sd21" if self.net.config["cross_attention_dim"] == 1024 else "sd15"
-        return lora_files.write_lora(target, file, format, base=base, names=self._names())
+        return write_lora(target, file, format, base=base, names=self._names())
 
     def _names(self) -> dict[str, list[str]]:
-        return {part: [lora.plain(name) for name in lora.layers_of(module)] for part, module in self._loadable.items()}
+        return {part: [live.plain(name) for name in live.layers_of(module)] for part, module in self._loadable.items()}
 
     def get_list_adapters(self) -> dict[str, list[str]]:
         """Of each component that has LoRA, their names."""
-        return {part: names for part, module in self._loadable.items() if (names := lora.adapters(module))}
+        return {part: names for part, module in self._loadable.items() if (names := live.adapters(module))}
 
     def get_active_adapters(self) -> list[str]:
-        return list(dict.fromkeys(n for module in self._loadable.values() for n in lora.active_adapters(module)))
+        return list(dict.fromkeys(n for module in self._loadable.values() for n in live.active_adapters(module)))
 
     def set_adapters(
         self, adapter_names: str | Sequence[str], adapter_weights: float | Sequence[float | None] | None = None
@@ -118,8 +118,8 @@ class LoraMixin:
         if unknown := [name for name in names if name not in known]:
             raise ValueError(f"no adapter {unknown[0]!r}; there is {', '.join(sorted(known)) or 'none'}")
         for module in self._loadable.values():
-            here = lora.adapters(module)
-            lora.set_weights(module, {name: weight for name, weight in given.items() if name in here})
+            here = live.adapters(module)
+            live.set_weights(module, {name: weight for name, weight in given.items() if name in here})
 
     def fuse_lora(self, lora_scale: float = 1.0, *, adapter_names: Sequence[str] | None = None) -> None:
         """Add the active LoRA to the weights: the same pictures, as fast as without.
@@ -131,22 +131,22 @@ class LoraMixin:
             ValueError: unknown names, or fused already, or a quantized model.
         """
         if adapter_names is not None:
-            active = {n: w for module in self._loadable.values() for n, w in lora.active_adapters(module).items()}
+            active = {n: w for module in self._loadable.values() for n, w in live.active_adapters(module).items()}
             self.set_adapters(adapter_names, [active.get(name, 1.0) for name in adapter_names])
         for module in self._loadable.values():
-            if lora.active_adapters(module):
-                lora.fuse(module, scale=lora_scale)
+            if live.active_adapters(module):
+                live.fuse(module, scale=lora_scale)
 
     def unfuse_lora(self) -> None:
         """Undo ``fuse_lora``, bit for bit."""
         for module in self._loadable.values():
-            lora.unfuse(module)
+            live.unfuse(module)
 
     def unload_lora_weights(self) -> None:
         """Take every LoRA out. As in stock, what was fused stays in the weights (``unfuse_lora`` comes before);
         otherwise the pipeline is bit for bit what it was."""
         for module in self._loadable.values():
-            lora.unload(module, keep_fused=True)
+            live.unload(module, keep_fused=True)
 
     def disable_lora(self) -> None:
         """Let none act, until ``set_adapters``."""
@@ -168,7 +168,7 @@ class LoraMixin:
         """For the time of saving; refuses where a LoRA acts that is not fused."""
         with ExitStack() as stack:
             for part, module in self._loadable.items():
-                stack.enter_context(lora.bare(module, f"{what}: {part}"))
+                stack.enter_context(live.bare(module, f"{what}: {part}"))
             yield
 
 
@@ -191,7 +191,7 @@ def check_components(file: LoraFile, parts: dict[str, nn.Module]) -> dict[str, n
         if name not in parts:
             raise ValueError(f"a LoRA for another model? It changes {name}; this one has {', '.join(parts)}")
         try:
-            lora.check_lora(parts[name], layers)
+            live.check_lora(parts[name], layers)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
     return {name: parts[name] for name in wanted}

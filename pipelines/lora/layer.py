@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from .convert_files import shape
+from ..convert_files import shape
 
 
 @dataclass(frozen=True)

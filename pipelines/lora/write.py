@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .convert_files import DTYPES, Entry, cast, write_safetensors
-from .convert_notes import HASH
-from .lora_kohya import COMPONENTS, FAMILIES, TEXT, Names, kohya_name, with_text_model
-from .lora_layer import Component, LoraFile
-from .lora_notes import notes, told_family
-from .lora_read import PEFT_CONFIG, PEFT_FILE, STOCK_FILE, Format
-from .lora_stock import ADAPTER, PEFT, adapter_config, packed
+from ..convert_files import DTYPES, Entry, cast, write_safetensors
+from ..convert_notes import HASH
+from .kohya import COMPONENTS, FAMILIES, TEXT, Names, kohya_name, with_text_model
+from .layer import Component, LoraFile
+from .notes import notes, told_family
+from .read import PEFT_CONFIG, PEFT_FILE, STOCK_FILE, Format
+from .stock import ADAPTER, PEFT, adapter_config, packed
 
 log = logging.getLogger(__name__)
 FORMATS = ("diffusers", "kohya", "peft")
