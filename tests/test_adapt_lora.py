@@ -175,6 +175,13 @@ def test_a_run_that_is_taken_up_is_the_same(root: Path) -> None:
         assert one.keys() == two.keys() and all(one[k].equal(two[k]) for k in one), name
 
 
+def test_a_lora_of_another_model_is_no_start(root: Path) -> None:
+    other = trained("sd3", root, "of_sd3", lora={"rank": 2})
+    for section in ({"start": str(other)}, {"adapters": [{"path": str(other)}]}):
+        with pytest.raises(ConfigError, match=r"lora: .*of_sd3: a LoRA for another model.*a transformer.*has a unet"):
+            train_all([config("sd", root, f"started_{len(section)}", lora=section)])
+
+
 @pytest.mark.parametrize(
     ("sections", "said"),
     [

@@ -75,6 +75,20 @@ def test_its_code_loads_a_new_word_and_a_whole_pipeline(root: Path, monkeypatch)
     assert "lora" not in ModelCard.load(whole).data.tags
 
 
+@pytest.mark.parametrize("family", ["sdxl", "sd3", "pixart alpha"])
+def test_its_code_loads_a_new_word_of_other_families(family: str, root: Path, monkeypatch) -> None:
+    """SDXL's encoders one at a time; where stock has no loader, ours."""
+    token = "toyz" if family == "pixart alpha" else "<toy>"
+    how = {"train_denoiser": False, "new_tokens": [{"token": token}], "data": {"instance_prompt": f"a {token} box"}}
+    run = trained(family, root, f"toy_{family[:4]}", **how)
+    monkeypatch.chdir(run / "adapter")
+    inside: dict = {}
+    exec(code_of(run / "adapter" / "README.md"), inside)
+    pipe = inside["pipe"]
+    tokenizers = [pipe.tokenizer, pipe.tokenizer_2] if family == "sdxl" else [t for t, _ in pipe.text.towers().values()]
+    assert all(token in tokenizer.get_vocab() for tokenizer in tokenizers)
+
+
 def test_folders_of_the_machine_are_not_told(card: Path, root: Path) -> None:
     text = card.read_text(encoding="utf-8")
     shown = text.split("```yaml")[1]

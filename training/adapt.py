@@ -87,8 +87,6 @@ def learning(config: AdaptConfig, net: Network) -> Network:
     Raises:
         ConfigError: a LoRA does not fit the network, or its targets match nothing.
     """
-    from pipelines.lora.live import add_lora, load_lora
-
     net.train()
     if not config.train_denoiser:
         return net.requires_grad_(False)
@@ -99,28 +97,18 @@ def learning(config: AdaptConfig, net: Network) -> Network:
     if config.lora is None:
         return net.requires_grad_(True)
     net.requires_grad_(False)
-    name = component_of(net)
     with _telling("lora"):
         if config.lora.quantization:
             from pipelines.lora.quantized import quantize
 
             quantize(net, config.lora.quantization)
-        for i, other in enumerate(config.lora.adapters):
-            if (there := _read(other.path).get(name)) is not None:
-                load_lora(net, there, f"frozen_{i}", weight=other.weight)
-        with _seeded(config.seed):
-            start = _read(config.lora.start).get(name) if config.lora.start else None
-            if start is not None:
-                load_lora(net, start, NAME, trainable=True, dropout=config.lora.lora_dropout)
-            else:
-                add_lora(net, settings_of(config), NAME)
+        _put(config, net, component_of(net), settings_of(config))
     return net
 
 
 def reading(config: AdaptConfig, text: TextEncoder) -> TextEncoder:
     """The text encoders with what the config lets train of them, and nothing else, requiring gradients."""
     from ldm.models.new_tokens import add_tokens
-    from pipelines.lora.live import add_lora, load_lora
 
     text.train().requires_grad_(False)
     towers = {
@@ -134,17 +122,10 @@ def reading(config: AdaptConfig, text: TextEncoder) -> TextEncoder:
     if config.train_text_encoder and config.lora is None:
         for tower in towers.values():
             tower.requires_grad_(True)
-    elif config.train_text_encoder and config.lora is not None:
-        with _telling("lora"), _seeded(config.seed):
+    elif config.train_text_encoder:
+        with _telling("lora"):
             for name, tower in towers.items():
-                for i, other in enumerate(config.lora.adapters):
-                    if (there := _read(other.path).get(name)) is not None:
-                        load_lora(tower, there, f"frozen_{i}", weight=other.weight)
-                start = _read(config.lora.start).get(name) if config.lora.start else None
-                if start is not None:
-                    load_lora(tower, start, NAME, trainable=True, dropout=config.lora.lora_dropout)
-                else:
-                    add_lora(tower, settings_of(config, text=True), NAME)
+                _put(config, tower, name, settings_of(config, text=True))
     for p in vectors:
         p.requires_grad_(True)
     _freeze_unused(text)
@@ -188,10 +169,35 @@ def component_of(net: Network) -> str:
     return "unet" if net.stock.startswith("UNet") else "transformer"
 
 
-def _read(source: str) -> dict[str, Any]:
+def _put(config: AdaptConfig, module: nn.Module, name: str, settings: LoraSettings) -> None:
+    """The LoRA that acts meanwhile, and the one that trains: one that is there, or a new one.
+
+    Args:
+        name: of the module, as LoRA files call it.
+    """
+    from pipelines.lora.live import add_lora, load_lora
+
+    how = config.lora
+    assert how is not None
+    for i, other in enumerate(how.adapters):
+        if (there := _layers(other.path, name)) is not None:
+            load_lora(module, there, f"frozen_{i}", weight=other.weight)
+    with _seeded(config.seed):
+        if how.start and (start := _layers(how.start, name)) is not None:
+            load_lora(module, start, NAME, trainable=True, dropout=how.lora_dropout)
+        else:
+            add_lora(module, settings, NAME)
+
+
+def _layers(source: str, name: str) -> dict[str, Any] | None:
+    """What a LoRA changes in the module that files call ``name``. Raises ValueError where it is another denoiser's."""
     from pipelines.lora.read import read_lora
 
-    return read_lora(source).components
+    found = read_lora(source).components
+    other = {"unet": "transformer", "transformer": "unet"}.get(name)
+    if other in found:
+        raise ValueError(f"{source}: a LoRA for another model? It changes a {other}, the base has a {name}")
+    return found.get(name)
 
 
 def _freeze_unused(text: TextEncoder) -> None:

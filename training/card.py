@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from collections.abc import Mapping
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from safetensors import safe_open
 
 from .config import dump
 from .schema import AdaptConfig
@@ -17,6 +19,8 @@ from .schema import AdaptConfig
 GRID = "samples.png"
 PACKAGES = ("latent-t2i", "torch", "diffusers", "transformers", "peft")
 LORA, TOKENS = "pytorch_lora_weights.safetensors", "learned_embeds.safetensors"
+ENCODERS = {"clip_l": "", "clip_g": "_2"}  # of SDXL, in a file of new words
+NO_LOADER = ("StableDiffusion3", "PixArt")  # of new words
 KNOWN_LICENSES = {  # beginnings of licence texts, as the hub names them
     "apache license": "apache-2.0",
     "mit license": "mit",
@@ -149,23 +153,48 @@ def _code(config: AdaptConfig, folder: Path) -> list[str]:
     words = trigger_words(config)
     prompt = next(iter(config.sample.prompts), None) or next(iter(words), "a photo")
     whole = (folder / "model_index.json").is_file()
+    words_in = sorted(folder.glob("learned_embeds*.safetensors"))
     lines = ["import torch", "from diffusers import DiffusionPipeline", ""]
     if whole:
         lines += ['pipe = DiffusionPipeline.from_pretrained(".")  # this folder']
+    elif words_in and _kind_of_base(config).startswith(NO_LOADER):  # stock's have none for words
+        lines[1] = "from pipelines import TextToImagePipeline  # of this package: stock diffusers has no loader here"
+        lines += [f"base = {_base(config)!r}", "pipe = TextToImagePipeline.from_pretrained(base)"]
+        lines += ['pipe.load_lora_weights(".")'] * bool(config.lora)
+        lines += [f'pipe.load_textual_inversion("{file.name}")' for file in words_in]
     else:
         lines += [f"base = {_base(config)!r}", "pipe = DiffusionPipeline.from_pretrained(base)"]
-    peft = (folder / "adapter_config.json").is_file()
-    if peft:  # PixArt's pipelines have no loader of LoRAs
-        lines.insert(2, "from peft import PeftModel")
-        lines += ['pipe.transformer = PeftModel.from_pretrained(pipe.transformer, ".").merge_and_unload()']
-    elif (folder / LORA).is_file():
-        lines += ['pipe.load_lora_weights(".")']
-    lines += [
-        f'pipe.load_textual_inversion("{file.name}")' for file in sorted(folder.glob("learned_embeds*.safetensors"))
-    ]
+        if (folder / "adapter_config.json").is_file():  # PixArt's pipelines have no loader of LoRAs
+            lines.insert(2, "from peft import PeftModel")
+            lines += ['pipe.transformer = PeftModel.from_pretrained(pipe.transformer, ".").merge_and_unload()']
+        elif (folder / LORA).is_file():
+            lines += ['pipe.load_lora_weights(".")']
+        for file in words_in:
+            lines += _loading(file)
     lines += ['pipe.to("cuda" if torch.cuda.is_available() else "cpu")', ""]
     how = f"num_inference_steps={config.sample.num_inference_steps}, guidance_scale={config.sample.guidance_scale}"
     return [*lines, f"image = pipe({prompt!r}, {how}).images[0]", 'image.save("picture.png")']
+
+
+def _loading(file: Path) -> list[str]:
+    """Stock's way to new words: one call, or one for each of SDXL's encoders."""
+    with safe_open(file, "pt") as opened:
+        keys, token = set(opened.keys()), (opened.metadata() or {}).get("token")
+    if keys.isdisjoint(ENCODERS):
+        return [f'pipe.load_textual_inversion("{file.name}")']
+    calls = [
+        f'pipe.load_textual_inversion(words["{key}"], token={token!r}, text_encoder=pipe.text_encoder{end}, '
+        f"tokenizer=pipe.tokenizer{end})"
+        for key, end in ENCODERS.items()
+        if key in keys
+    ]
+    return ["from safetensors.torch import load_file", f'words = load_file("{file.name}")', *calls]
+
+
+def _kind_of_base(config: AdaptConfig) -> str:
+    """Its pipeline's class, where that can be told."""
+    index = Path(_base(config)) / "model_index.json"
+    return str(json.loads(index.read_text()).get("_class_name")) if index.is_file() else ""
 
 
 def _base(config: AdaptConfig) -> str:
