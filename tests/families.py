@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from functools import cache
 from typing import Any
 
@@ -48,14 +49,18 @@ def _clip_words(size: int) -> CLIPTokenizer:
 
 def clip_tokenizer(second: bool = False) -> CLIPTokenizer:
     """The second pads with another token than the end, as OpenCLIP's does ("!", which has the id 0)."""
-    known = _clip_words(540 if second else 560)
+    known = copy.deepcopy(_clip_words(540 if second else 560))  # pipelines add words to theirs
     if second:
         known.add_special_tokens({"pad_token": "!"})
     return known
 
 
-@cache
 def t5_tokenizer() -> T5Tokenizer:
+    return copy.deepcopy(_t5_words())
+
+
+@cache
+def _t5_words() -> T5Tokenizer:
     words = sorted({word for caption in CAPTIONS for word in caption.lower().split()})
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0)]
     pieces += [(f"▁{word}", -3.0) for word in words] + [(c, -5.0) for c in "abcdefghijklmnopqrstuvwxyz'ABCDEFG"]

@@ -164,15 +164,15 @@ def train_one(config: Config, train_rows: Any, test_rows: Any, resume: str | Pat
     torch.manual_seed(config.seed)
     run.mkdir(parents=True, exist_ok=True)
     if main:
-        (run / "config.yaml").write_text(dump(config))
-    accelerator.wait_for_everyone()
-    if main:
         log.info(
             "%s: %s on %s (%d held out), %s%s, %s",
             run, config.task, "a stream" if config.data.streaming else f"{len(train_rows)} pictures", len(test_rows),
             f"{world} processes, " if world > 1 else "", accelerator.device, mixed if mixed != "no" else "float32",
         )  # fmt: skip
     task = build(config, train_rows, test_rows, run, accelerator)
+    if main:  # not before: a config that cannot be built leaves the folder free for a better one
+        (run / "config.yaml").write_text(dump(config))
+    accelerator.wait_for_everyone()
     inputs = inputs_of(config, train_rows)
     accelerator.init_trackers(run.name, config={"config": dump(config)})
     loop.train(
