@@ -22,6 +22,7 @@ Method = Literal["lora", "dreambooth", "textual_inversion", "finetune"]
 METHODS = ("lora", "dreambooth", "textual_inversion", "finetune")
 VIEWS = ("a photo of {}", "a close-up of {}", "a bright picture of {}", "a rendering of {}")  # textual inversion's
 BATCHES = (8, 4, 2, 1)
+FEW = 20  # pictures, of which none is spared for validation
 
 
 class Habits(NamedTuple):
@@ -163,6 +164,8 @@ def _choices(base: str, images: Path, trigger: str, out: Path, method: Method, f
         optimizer = {"learning_rate": 1e-5, "lr_warmup_images": min(2_000, seen // 10)}
         raw |= {"caption_dropout": 0.1}
         seen = min(max(50 * n, 4_000), 500_000)
+    if n < FEW:
+        raw["data"]["held_out"] = 0.0
     often = max(seen // 4, 1)
     train = {"images": seen, "log_every": max(seen // 50, 1), "checkpoint_every": often}
     train |= {"validate_every": often, "sample_every": often}
