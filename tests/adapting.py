@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 
+from pipelines.core import generate
 from tests import families, killed
 from training.config import parse
 from training.run import train_all
@@ -65,3 +66,15 @@ def drawn(pipe: Any, prompts: list[str], **call: Any) -> torch.Tensor:
     """Pictures (B, 3, H, W) in [0, 1], as the trainer's own are drawn: a generator for each."""
     generators = [torch.Generator().manual_seed(i) for i in range(len(prompts))]
     return pipe(prompts, generator=generators, output_type="pt", **CALL, **call).images
+
+
+def spied(monkeypatch: Any) -> dict[str, Any]:
+    """What the trainer's own grid is drawn as: ``prompts`` and ``pictures``; a fixture."""
+    kept: dict[str, Any] = {}
+
+    def spy(parts: Any, prompts: list[str], **kw: Any) -> torch.Tensor:
+        kept["prompts"], kept["pictures"] = prompts, generate(parts, prompts, **kw)
+        return kept["pictures"]
+
+    monkeypatch.setattr("training.tasks.diffusion.generate", spy)
+    return kept

@@ -12,7 +12,7 @@ from diffusers import DiffusionPipeline
 from safetensors.torch import load_file
 
 from ldm.paths import DiscreteVP
-from pipelines.core import generate
+from tests import adapting
 from tests.adapting import base, config, drawn, stock, trained
 from training.base import base_of, times_of
 from training.fit import ConfigError, check_together
@@ -29,17 +29,7 @@ NETS = {
 }
 
 
-@pytest.fixture
-def spied(monkeypatch) -> dict:
-    """What the trainer's own grid was drawn as."""
-    kept: dict = {}
-
-    def spy(parts, prompts, **kw):
-        kept["prompts"], kept["pictures"] = prompts, generate(parts, prompts, **kw)
-        return kept["pictures"]
-
-    monkeypatch.setattr("training.tasks.diffusion.generate", spy)
-    return kept
+spied = pytest.fixture(adapting.spied)
 
 
 @pytest.fixture(scope="module")
@@ -209,3 +199,12 @@ def test_a_single_file_is_a_base(root: Path, tmp_path: Path) -> None:
     stamp = (two / "base.json").read_text()
     base_of(config("sd", root, "from_file", base=str(file), **{**how, "base_config": str(folder)}))
     assert (two / "base.json").read_text() == stamp
+
+
+def test_an_encoder_that_does_not_train_keeps_still(root: Path, accelerator) -> None:
+    """SD3's T5, which has dropout, beside two CLIPs that learn."""
+    made = config("sd3", root, "still", train_text_encoder=True)
+    task = build(made, *open_data(made), Path(made.output_dir), accelerator)
+    for _ in range(2):
+        assert [tower.training for _, tower in task.text.towers().values()] == [True, True, False]
+        task.held_out()  # at rest, and back

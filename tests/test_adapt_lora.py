@@ -14,9 +14,9 @@ from diffusers import DiffusionPipeline
 from peft import PeftModel
 from safetensors.torch import load_file
 
-from pipelines.core import generate
 from pipelines.lora.read import read_lora
 from pipelines.text_to_image import TextToImagePipeline
+from tests import adapting
 from tests.adapting import base, config, drawn, stock, trained
 from training.fit import ConfigError
 from training.run import train_all
@@ -29,17 +29,7 @@ def root(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("lora")
 
 
-@pytest.fixture
-def spied(monkeypatch) -> dict:
-    """What the trainer's own grid was drawn as."""
-    kept: dict = {}
-
-    def spy(parts, prompts, **kw):
-        kept["prompts"], kept["pictures"] = prompts, generate(parts, prompts, **kw)
-        return kept["pictures"]
-
-    monkeypatch.setattr("training.tasks.diffusion.generate", spy)
-    return kept
+spied = pytest.fixture(adapting.spied)
 
 
 def _same(pipe: Any, kept: dict, **call: Any) -> None:

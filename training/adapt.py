@@ -66,6 +66,14 @@ class Trained(nn.Module):
     def __init__(self, net: Network, text: TextEncoder | None = None):
         super().__init__()
         self.net, self.text = net, text
+        self.train()
+
+    def train(self, mode: bool = True) -> Trained:
+        """An encoder that does not train keeps still: a T5 has dropout."""
+        super().train(mode)
+        for _, tower in self.text.towers().values() if self.text is not None else ():
+            tower.train(mode and any(p.requires_grad for p in tower.parameters()))
+        return self
 
     def forward(self, x: Tensor, time: Tensor, told: Cond | Captions) -> Tensor:
         if isinstance(told, Captions):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -138,7 +138,8 @@ class Base:
 
         net, clip = self.net, self.family in ("sd", "sdxl", "sd3")
         kind = {"sd3": "joint_attention_dim", "pixart": "caption_channels"}.get(self.family, "cross_attention_dim")
-        tokenizer = read_json(self.folder / "tokenizer" / "tokenizer_config.json")
+        words = next(place for place in (self.folder / "tokenizer", self.folder / "tokenizer_2") if place.is_dir())
+        tokenizer = read_json(words / "tokenizer_config.json")
         longest = min(tokenizer.get("model_max_length", 77), 77 if clip else self.form.text_tokens or 120)
         longest += self._t5_tokens() if self.family == "sd3" else 0
         pooled = net.get("pooled_projection_dim")
@@ -232,10 +233,16 @@ def _folder(config: AdaptConfig) -> Path:
         return place
     if name.startswith((".", "~", "/")) or name.count("/") != 1 or place.parent.is_dir():
         raise ConfigError(f"base: {name}: no such folder or file (a name on the hub is owner/name)")
+    return _fetched(name, config.variant)
+
+
+@cache
+def _fetched(name: str, variant: str | None) -> Path:
+    """From the hub, which is asked once."""
     from diffusers import DiffusionPipeline
 
     try:
-        return Path(DiffusionPipeline.download(name, use_safetensors=True, variant=config.variant))
+        return Path(DiffusionPipeline.download(name, use_safetensors=True, variant=variant))
     except (OSError, ValueError) as error:
         raise ConfigError(f"base: {name}: no such folder, and not fetched as a name on the hub ({error})") from error
 

@@ -111,7 +111,7 @@ class DiffusionTask:
         self.encoders.free(**self.cached)
 
         self.players = [player("net", Trained(self.net, self.text), self.loss, config, accelerator)]
-        learned = config.learned_variance if isinstance(config, DiffusionConfig) else _tells_variance(self.net)
+        learned = self.net.config["out_channels"] == 2 * self.about.channels
         self.denoiser = Denoiser(
             self.players[0].module, path, prediction, self.schedule.time_input, learned_variance=learned
         )
@@ -263,10 +263,6 @@ class DiffusionTask:
             else:
                 save_parts(self.run / "pipeline", self.parts)
         self.encoders.free(**self.cached)
-
-
-def _tells_variance(net: Network) -> bool:
-    return net.config.get("out_channels") == 2 * net.config["in_channels"]
 
 
 def first_distinct(captions: Sequence[str], count: int) -> list[str]:
