@@ -87,9 +87,6 @@ def tasks_together(root: Path, tasks: tuple[str, ...], kills: int, seed: int, tr
     """ROOT/TASK by two processes in one go, and ROOT/killed/TASK: ``kills`` times the whole job is killed and as often
     one of it. With one of each, both happen while the processes train."""
     prepared(root)
-    import training.evaluate.report
-
-    training.evaluate.report.write_report = lambda *a, **k: None  # of the forks too: drawn outside the loop, slowly
     moments, told = random.Random(seed), {}
     how = {"timeout_minutes": 2, "processes": WORLD, **train}
     for task in tasks:

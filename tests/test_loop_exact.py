@@ -30,7 +30,7 @@ def compared(root: Path) -> None:
 @pytest.fixture(scope="module")
 def made(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("exact")
-    (code,) = ended([begun(all_tasks, root, 3, 1, {})], 500)
+    (code,) = ended([begun(all_tasks, root, 2, 1, {})], 500)
     said = {p.name: p.read_text()[-2000:] for p in root.glob("*.txt")}
     assert code == 0, said
     return root

@@ -34,6 +34,7 @@ assert autoencoder and clip and diffusion  # imported before anything is timed, 
 QUIET = Console(quiet=True)
 
 TIMED = ("images_per_second", "tflops")
+QUICK = ("autoencoder", "unet", "clip")  # to tell and to see; benchmarks/forecast.py has all five
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +60,7 @@ def small(name: str, run: Path, data: Path, parts: Path, /, **sections: Any) -> 
     return config_of(name, run, data, parts, 32, 4, 16, **sections)
 
 
-@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in TASKS])
 def test_memory_and_time_are_those_of_the_run(name: str, tmp_path: Path, data: Path, parts: Path):
     """Memory within 15%; of what the run adds to Python and its libraries, within a third. Time is measured on a
     machine that others use too, and loosely here: benchmarks/forecast.py is for that."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -21,11 +20,12 @@ from safetensors.torch import load_file, save_file
 from ldm import rng
 from pipelines.text_to_image import TextToImagePipeline
 from tests.shapes import PROMPTS, Made, accelerator, chain
-from tests.toy import ROOT
+from tests.toy import begun
 from training import loop
 from training.batches import Stream, to_unit
 from training.cache import make_cache
 from training.checkpoint import CheckpointError, listed
+from training.cli import main
 from training.config import load, parse
 from training.data import DataError
 from training.evaluate.grids import picture_grid
@@ -107,22 +107,28 @@ def test_stages_may_differ_in_precision_and_bf16_draws_what_its_pipeline_draws(m
 # --- killed and gone on ----------------------------------------------------------------------------------------------
 
 
+def command_line(arguments: list[str], said: Path) -> None:
+    """``ldm`` in a process of its own; what it says goes to a file."""
+    handle = os.open(said, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
+    os.dup2(handle, 2)
+    sys.argv = ["ldm", *arguments]
+    main()
+
+
 def test_a_run_killed_twice_ends_in_the_same_bits(made: Made, tmp_path: Path) -> None:
     """SIGTERM, then SIGKILL, then to the end; and measures and samples, left out here, disturb no weight."""
     run, file = tmp_path / "unet", tmp_path / "unet.yaml"
     quiet = {"train__validate_every": 10**6, "train__sample_every": 10**6}
     file.write_text(yaml.safe_dump(made.variant("unet", run, **quiet)))
-    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads()), "PYTHONPATH": str(ROOT)}
 
-    def train_until_next_checkpoint(number: int) -> tuple[int, str]:
-        known = listed(run / "checkpoints")[-1:]
-        command = [sys.executable, "-m", "training.cli", "train", str(file)]
-        child = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
-        while child.poll() is None and listed(run / "checkpoints")[-1:] == known:
+    def train_until_next_checkpoint(number: int) -> tuple[int | None, str]:
+        known, said = listed(run / "checkpoints")[-1:], tmp_path / f"{number}.txt"
+        child = begun(command_line, ["train", str(file)], said)
+        while child.is_alive() and listed(run / "checkpoints")[-1:] == known:
             time.sleep(0.005)
-        child.send_signal(number)
-        _, said = child.communicate(timeout=300)
-        return child.returncode, " ".join(said.split())
+        os.kill(child.pid, number)
+        child.join(300)
+        return child.exitcode, " ".join(said.read_text().split())
 
     code, said = train_until_next_checkpoint(signal.SIGTERM)
     assert code == 75 and "the same command goes on from here" in said, said
@@ -175,7 +181,7 @@ def test_a_run_without_a_cache_learns_what_a_run_with_one_learns(made: Made, tmp
         changes = {
             "train__images": 96,
             "train__validate_every": 96,
-            "train__sample_every": 96,
+            "train__sample_every": 10**6,
             "data__random_flip": True,
         }
         raw = made.variant("unet", tmp_path / name, **changes, train__num_workers=int(name == "worker"), cache=how)

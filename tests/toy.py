@@ -239,7 +239,7 @@ def child(run: Path, rank: int, world: int, port: int, how: dict[str, Any]) -> N
 
 
 CONTEXT = mp.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["tests.toy"])
+CONTEXT.set_forkserver_preload(["tests.toy", "tests.ahead"])
 
 
 def begun(f: Callable[..., Any], *args: Any) -> ForkServerProcess:
