@@ -19,7 +19,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 SUPPORTED = [(3, 13), (3, 12), (3, 11)]
-EXTRAS = "demo,dev"
+EXTRAS = "app,demo,dev"
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 
 

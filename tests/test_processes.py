@@ -216,7 +216,7 @@ def test_a_launch_that_does_not_fit_is_refused(environment, config, match, monke
 def test_engines_that_do_not_go_with_ours_are_refused(monkeypatch):
     from accelerate.utils import DistributedType
 
-    for kind, two, match in (("DEEPSPEED", False, "owns optimizer, clipping"), ("FSDP", False, "fsdp_version: 2")):
+    for kind, two, match in (("MEGATRON_LM", False, "not supported"), ("FSDP", False, "fsdp_version: 2")):
         fake = SimpleNamespace(
             num_processes=1, gradient_accumulation_steps=1, distributed_type=DistributedType(kind), is_fsdp2=two
         )

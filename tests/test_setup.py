@@ -57,7 +57,7 @@ def log(tree: Path) -> str:
 
 def test_a_second_run_does_nothing_and_a_change_is_seen(setup, tree: Path):
     setup.main(tree)
-    assert f"-c {tree}/constraints.txt -e {tree}[demo,dev]" in log(tree)
+    assert f"-c {tree}/constraints.txt -e {tree}[app,demo,dev]" in log(tree)
     first = log(tree)
     start = time.perf_counter()
     setup.main(tree)

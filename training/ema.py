@@ -11,13 +11,12 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
-from torch import Tensor
-from torch.distributed.tensor import DTensor
+from torch import Tensor, nn
 
 from .optim import Parameters, named_parameters, placed
-from .optimizers import local
 from .posthoc import forget_after, sigma_rel_to_gamma, snapshot_name
 from .schema.optim import EMA as EMAConfig
+from .sharded import gathered, is_part, kept, like, local, own
 
 
 @dataclass
@@ -64,7 +63,7 @@ class EMA:
     def _weights(self) -> list[Tensor]:
         """In float32, where the averages are."""
         device = torch.device("cpu") if self.how.device == "cpu" else None
-        return [p.detach().to(device=device, dtype=torch.float32) for p in self.parameters]
+        return [own(p).detach().to(device=device, dtype=torch.float32) for p in self.parameters]
 
     def _copies(self) -> list[Tensor]:
         return [w.clone() for w in self._weights()]
@@ -115,20 +114,27 @@ class EMA:
 
     def tensors(self) -> dict[str, Tensor]:
         """All averages as flat names: ``3`` of the parameters' order, ``0.1/3`` of the profile of that width."""
-        flat = {str(i): x for i, x in enumerate(self.average)}
-        for profile in self.profiles:
-            flat |= {f"{profile.sigma_rel!r}/{i}": x for i, x in enumerate(profile.average)}
+        flat = {name: kept(p, x) for name, (x, p) in self._averages().items()}
         return {**flat, "images": torch.tensor(self.images)} if self.profiles else flat
+
+    def _averages(self) -> dict[str, tuple[Tensor, nn.Parameter]]:
+        """Each with its parameter."""
+        flat = {str(i): pair for i, pair in enumerate(zip(self.average, self.parameters, strict=False))}
+        for profile in self.profiles:
+            pairs = enumerate(zip(profile.average, self.parameters, strict=True))
+            flat |= {f"{profile.sigma_rel!r}/{i}": pair for i, pair in pairs}
+        return flat
 
     @torch.no_grad()
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """Raises ValueError where they are not those of these parameters and widths."""
-        own = self.tensors()
-        if tensors.keys() != own.keys():
-            odd = min(tensors.keys() ^ own.keys())
-            raise ValueError(f"the average has {len(tensors)} tensors, the network {len(own)}; first: {odd}")
-        for name, x in own.items():
-            x.copy_(placed(tensors[name], x))
+        averages = self._averages()
+        names = averages.keys() | ({"images"} if self.profiles else set())
+        if tensors.keys() != names:
+            odd = min(tensors.keys() ^ names)
+            raise ValueError(f"the average has {len(tensors)} tensors, the network {len(names)}; first: {odd}")
+        for name, (x, p) in averages.items():
+            x.copy_(like(tensors[name], p) if is_part(p) else placed(tensors[name], x))
         self.images = int(tensors["images"]) if self.profiles else self.images
 
     # --- snapshots ---------------------------------------------------------------------------------------------------
@@ -153,7 +159,7 @@ class EMA:
         """
         dtype = getattr(torch, self.how.snapshot_dtype)
         for profile in self.profiles:
-            whole = [x.full_tensor() if isinstance(x, DTensor) else x for x in profile.average]
+            whole = [gathered(p, x) for x, p in zip(profile.average, self.parameters, strict=True)]
             if not write:
                 continue
             flat = {name: x.to("cpu", dtype).contiguous() for name, x in zip(self.names, whole, strict=True)}

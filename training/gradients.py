@@ -58,7 +58,7 @@ def _accumulated(
         last = window is not None and i + 1 == len(pieces)
         with nullcontext() if last else accelerator.no_sync(player.module):
             loss, named = player.loss(piece, images)
-            accelerator.backward(player.optimizer.scaled(loss * share))
+            player.optimizer.backward(accelerator, loss * share, last)
         mean = loss.detach() * share if mean is None else mean + loss.detach() * share
         said.append(named)
     for named in said if window is not None else ():

@@ -70,7 +70,7 @@ def whole(players: Sequence[Player], accelerator: Accelerator) -> Iterator[None]
         for player in players:
             if sharded.is_split(dict(player.module.named_parameters())):
                 with player.averaged():
-                    here = sharded.whole(player.module, accelerator.device, accelerator.is_main_process)
+                    here = sharded.whole(sharded.bare(player.module), accelerator.device, accelerator.is_main_process)
                     stack.enter_context(here)
         yield
 
@@ -136,7 +136,7 @@ def train(
     journal, clock_start, images_start = Journal(run, accelerator, now.images), time.perf_counter(), now.images
     split = any(sharded.is_split(dict(p.module.named_parameters())) for p in players)
     if split and config.async_checkpoint:
-        raise ConfigError("train.async_checkpoint: not with FSDP2, where each process writes its own shards")
+        raise ConfigError("train.async_checkpoint: not where the weights are shared out (FSDP2, ZeRO's stage 3)")
     saver = checkpoint.Saver(root, checkpoint.Keep(config.keep_last, config.keep_every), config.async_checkpoint)
     for player in players if main else ():
         player.ema.forget_after(run / "ema" / player.name, now.images)

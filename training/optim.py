@@ -9,6 +9,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any, cast
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -79,6 +80,10 @@ class Guarded:
     def scaled(self, loss: Tensor) -> Tensor:
         """What to call ``backward`` of."""
         return loss if self._scale is None else loss * self._scale
+
+    def backward(self, accelerator: Accelerator, loss: Tensor, last: bool) -> None:
+        """Of a share of the step's loss; ``last``: the step follows."""
+        accelerator.backward(self.scaled(loss))
 
     @torch.no_grad()
     def step(self) -> tuple[Tensor, Tensor]:

@@ -6,24 +6,19 @@ import contextlib
 import importlib
 import io
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from .fit import ConfigError
 from .schema import optim as schema
+from .sharded import local
 
 Groups = list[dict[str, Any]]  # torch's: "params", "lr", "weight_decay"
 Counts = dict[str, int | float | bool]
-
-
-def local(tensors: Iterable[Tensor]) -> list[Tensor]:
-    """Each tensor's own part on this process, sharing its memory: what acts on each number alone needs no more."""
-    return [x.to_local() if isinstance(x, DTensor) else x for x in (y.detach() for y in tensors)]
 
 
 class Stepper:

@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 from torch.utils.data import IterableDataset
 
-from . import measure, processes
+from . import measure, processes, zero
 from .arithmetic import Memory, parameters, training_flops, training_memory
 from .base import frozen_bytes
 from .config import relocate
@@ -136,7 +136,9 @@ class _Telling:
         memory = training_memory(
             build, forward, train.batch_size, averaged=bool(config.ema_decay), autocast=autocast,
             state_bytes=config.optimizer.state_bytes, frozen_bytes=self._frozen_bytes(),
-        ).shared(self.accelerator.num_processes if self.accelerator.is_fsdp2 else 1)  # fmt: skip
+        )  # fmt: skip
+        if self.accelerator.is_fsdp2 or zero.shares_weights(self.accelerator):
+            memory = memory.shared(self.accelerator.num_processes)
         add("memory of a step", _parted(memory))
         pictures = captions = 0
         if isinstance(config, LatentRun):

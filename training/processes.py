@@ -22,7 +22,7 @@ from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedType, GradScalerKwargs, InitProcessGroupKwargs, convert_to_fp32
 from torch import Tensor, nn
 
-from . import sharded
+from . import sharded, zero
 from .fit import ConfigError
 from .schema import Train
 
@@ -41,7 +41,7 @@ def started(train: Train, mixed_precision: str, run: Path | None = None) -> Acce
     check_launcher()
     AcceleratorState._reset_state()  # a run before this one may have had another precision
     seconds = 60 * train.timeout_minutes * 1.5 + 5  # after ours has named the one that is missing
-    group = InitProcessGroupKwargs(timeout=timedelta(seconds=seconds))
+    group = InitProcessGroupKwargs(timeout=timedelta(seconds=seconds), **zero.backend())
     scaler = GradScalerKwargs(enabled=False)  # the optimizer scales the loss
     trackers: dict[str, Any] = {}
     if run is not None and train.report_to != "none":
@@ -63,17 +63,13 @@ def started(train: Train, mixed_precision: str, run: Path | None = None) -> Acce
             "config and set train.gradient_accumulation_steps"
         )
     kind = accelerator.distributed_type
-    if kind == DistributedType.DEEPSPEED:
-        raise ConfigError(
-            "DeepSpeed's engine owns optimizer, clipping and accumulation, and resumes from pickles: `optimizer`, the "
-            "guards and exact resuming would not be in force. Use configs/accelerate/fsdp2.yaml, which shares out the "
-            "same tensors (with fsdp_reshard_after_forward: false those of ZeRO's stage 2)"
-        )
+    if zero.asked():
+        zero.check(accelerator)
     if kind == DistributedType.MEGATRON_LM or (kind == DistributedType.FSDP and not accelerator.is_fsdp2):
         raise ConfigError(
             f"{kind.value}: not supported; use FSDP with fsdp_version: 2, as configs/accelerate/fsdp2.yaml"
         )
-    if train.on_out_of_memory == "halve" and running > 1:
+    if train.on_out_of_memory == "halve" and (running > 1 or zero.asked()):
         raise ConfigError("train.on_out_of_memory halve: works in one process; with several lower train.batch_size")
     return accelerator
 
@@ -92,10 +88,13 @@ def check_launcher() -> None:
 
 
 def prepare(accelerator: Accelerator, module: nn.Module) -> nn.Module:
-    """The module on its device, wrapped for several processes; under FSDP2 shared out block by block.
+    """The module on its device, wrapped for several processes; under FSDP2 shared out block by block; for ZeRO, which
+    takes it together with its optimizer, as it is.
 
     accelerate shares a module out together with its optimizer only, and ours is made afterwards, on what is shared out.
     """
+    if zero.asked():
+        return under_autocast(accelerator, module.to(accelerator.device))
     if not accelerator.is_fsdp2:
         return accelerator.prepare(module)
     plugin: Any = accelerator.state.fsdp_plugin
@@ -107,7 +106,12 @@ def prepare(accelerator: Accelerator, module: nn.Module) -> nn.Module:
         reshard_after_forward=plugin.reshard_after_forward,
         offload_policy=plugin.cpu_offload,
     )
-    # Not accelerate's policy: it rounds what goes in, the times of 0 … 1000 among it, and what comes out.
+    return under_autocast(accelerator, module)
+
+
+def under_autocast(accelerator: Accelerator, module: nn.Module) -> nn.Module:
+    """Not accelerate's policy for FSDP2, nor DeepSpeed's: they round what goes in, the times of 0 … 1000 among it, and
+    what comes out."""
     if (kind := {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision)) is not None:
         plain = module.forward
 
@@ -137,10 +141,11 @@ def share_out(module: nn.Module, **how: Any) -> nn.Module:
 
 def check_whole(accelerator: Accelerator, task: str) -> None:
     """Raises ConfigError where a task's networks would be shared out that cannot be."""
-    if accelerator.is_fsdp2:
+    if accelerator.is_fsdp2 or zero.asked():
         raise ConfigError(
-            f"task {task}: not with FSDP2, since its loss asks for weights outside of the network's own call; its "
-            "networks fit into one GPU, so use configs/accelerate/eight_gpus.yaml"
+            f"task {task}: not with {'FSDP2' if accelerator.is_fsdp2 else 'DeepSpeed'}, since its loss asks for "
+            "weights outside of the network's own call; its networks fit into one GPU, so use "
+            "configs/accelerate/eight_gpus.yaml"
         )
 
 

@@ -19,7 +19,7 @@ import torch
 from accelerate import Accelerator
 from torch.utils.data import IterableDataset
 
-from . import measure
+from . import measure, zero
 from .schema import AutoencoderConfig, Config, LatentRun
 
 if TYPE_CHECKING:
@@ -129,7 +129,8 @@ def rehearse(config: Config, train_rows: Any, test_rows: Any, accelerator: Accel
         timed.once["checkpoint"] = time.perf_counter() - timed.last
         if timed.drawing:
             timed.once["samples"] += left_out * len(timed.drawing) * timed.drawing[-1]
-        if not accelerator.is_fsdp2 and accelerator.is_main_process:
+        shared = accelerator.is_fsdp2 or zero.shares_weights(accelerator)
+        if not shared and accelerator.is_main_process:
             timed.export()
     accelerator.wait_for_everyone()
     memory = measure.peak(device)

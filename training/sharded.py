@@ -1,15 +1,17 @@
-"""Weights that are shared out among processes (FSDP2's DTensors): saved by each, read by any number of processes.
+"""Weights that are shared out among processes: saved, and read by any number of processes.
 
-torch's distributed checkpoint writes them, in safetensors; its usual format keeps a pickle, which is never read here.
+FSDP2's are DTensors. torch's distributed checkpoint writes them, each process its own, in safetensors; its usual format
+keeps a pickle, which is never read here. Of a parameter of ZeRO's stage 3 each process holds as many of its numbers
+(``ds_tensor``, the last one's padded); one tensor after the other is gathered, and the main process saves it.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from weakref import WeakKeyDictionary
 
 import torch
@@ -19,6 +21,7 @@ from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
 
 _TWINS: WeakKeyDictionary[nn.Module, nn.Module] = WeakKeyDictionary()
 
@@ -27,9 +30,57 @@ def is_main() -> bool:
     return not dist.is_available() or not dist.is_initialized() or dist.get_rank() == 0
 
 
+def bare(module: nn.Module) -> nn.Module:
+    """The module that a task made, out of what calls it for several processes."""
+    wrapped = isinstance(module, DistributedDataParallel) or type(module).__name__ == "DeepSpeedEngine"
+    return cast(nn.Module, module.module) if wrapped else module
+
+
+def is_part(p: Tensor) -> bool:
+    """A parameter of ZeRO's stage 3."""
+    return hasattr(p, "ds_tensor")
+
+
 def is_split(flat: Mapping[str, Tensor]) -> bool:
     """Some of these tensors are shared out among processes."""
-    return any(isinstance(x, DTensor) for x in flat.values())
+    return any(isinstance(x, DTensor) or is_part(x) for x in flat.values())
+
+
+def own(p: Tensor) -> Tensor:
+    """What an average of a parameter is made like: itself, or the part that is here."""
+    return cast(Any, p).ds_tensor if is_part(p) else p
+
+
+def local(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """Each tensor's own part on this process, sharing its memory: what acts on each number alone needs no more."""
+    return [x.to_local() if isinstance(x, DTensor) else x for x in (own(y).detach() for y in tensors)]
+
+
+def shape(p: Tensor) -> torch.Size:
+    return cast(Any, p).ds_shape if is_part(p) else p.shape
+
+
+def gathered(p: Tensor, x: Tensor | None = None) -> Tensor:
+    """A parameter whole, or what is laid out as ``own(p)`` is; all processes call this."""
+    x = own(p) if x is None else x
+    if isinstance(x, DTensor):
+        return x.full_tensor()
+    if not is_part(p):
+        return x
+    of: Any = p
+    mine = x.detach().to(of.ds_tensor.device)
+    parts = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, mine)
+    return torch.cat(parts)[: of.ds_numel].view(of.ds_shape)
+
+
+def kept(p: Tensor, x: Tensor | None = None) -> Tensor:
+    """What a checkpoint is given of a parameter, or of what is laid out as ``own(p)`` is: that itself; but of ZeRO's
+    parts the whole, in the main process (an empty tensor in the others)."""
+    if not is_part(p):
+        return p if x is None else x
+    whole = gathered(p, x)
+    return whole.cpu() if is_main() else whole.new_empty(0)
 
 
 def save(folder: Path, flat: Mapping[str, Tensor]) -> None:
@@ -53,6 +104,11 @@ def load(folder: Path) -> dict[str, Tensor]:
 
 def like(whole: Tensor, given: Tensor) -> Tensor:
     """``whole`` shared out as ``given`` is; a plain tensor stays as it is. No process asks another."""
+    if is_part(given):
+        part = cast(Any, given).ds_tensor
+        padded = part.new_zeros(dist.get_world_size() * part.numel())
+        padded[: whole.numel()] = whole.flatten()
+        return padded.view(-1, part.numel())[dist.get_rank()]
     if not isinstance(given, DTensor):
         return whole
     return distribute_tensor(whole.to(given.device), given.device_mesh, given.placements, src_data_rank=None)
@@ -61,7 +117,7 @@ def like(whole: Tensor, given: Tensor) -> Tensor:
 def copy_into(target: Tensor, whole: Tensor) -> None:
     """A whole tensor into one that may be shared out."""
     with torch.no_grad():
-        target.copy_(like(whole, target))
+        own(target).copy_(like(whole, target))
 
 
 # --- whole for a while -----------------------------------------------------------------------------------------------
@@ -76,6 +132,8 @@ def remember(module: nn.Module) -> None:
 
 def reshard(module: nn.Module) -> None:
     """Let go of whole weights that are kept from the last call, so that the next one gathers them anew."""
+    if any(is_part(p) for p in module.parameters()):
+        cast(Any, module).optimizer.empty_partition_cache()
     for part in module.modules():
         if isinstance(part, FSDPModule):
             part.reshard()
@@ -92,7 +150,7 @@ def whole(module: nn.Module, device: torch.device, here: bool) -> Iterator[None]
         return
     twin, full = _TWINS[module], {}
     for name, p in module.named_parameters(remove_duplicate=False):
-        tensor = p.full_tensor() if isinstance(p, DTensor) else p
+        tensor = gathered(p)
         if here:
             full[name] = nn.Parameter(tensor.detach().to(device), requires_grad=False)
     if not here:

@@ -13,11 +13,12 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from torch import Tensor, nn
+from torch import Tensor
 
 from . import checkpoint, sharded
 from .checkpoint import CheckpointError, Files
 from .optim import named_parameters
+from .sharded import bare, kept
 
 if TYPE_CHECKING:
     from .loop import Player
@@ -38,10 +39,6 @@ class Progress:
     watch: dict[str, Any] = field(default_factory=dict)  # Watchman.state()
     feed: Any = None  # Feed.state()
     window: dict[str, Tensor] = field(default_factory=dict)  # Window.sums
-
-
-def bare(module: nn.Module) -> nn.Module:
-    return module.module if isinstance(module, nn.parallel.DistributedDataParallel) else module
 
 
 def needed(players: Sequence[Player]) -> list[str]:
@@ -65,7 +62,8 @@ def gathered(
         for name in ("rng", "window")
     }
     for player in players:
-        files[player.name] = dict(named_parameters(bare(player.module).named_parameters()))
+        named = named_parameters(bare(player.module).named_parameters())
+        files[player.name] = {name: kept(p) for name, p in named.items()}
         files[f"{player.name}_optimizer"] = player.optimizer.tensors()
         files[f"{player.name}_ema"] = player.ema.tensors()
     state = {
@@ -168,7 +166,7 @@ def _feed(folder: Path, state: Mapping[str, Any], rank: int, world: int) -> Any:
 def _fill(player: Player, folder: Path, files: Files, state: dict[str, Any]) -> None:
     own = named_parameters(bare(player.module).named_parameters())
     there = {(name, x.shape) for name, x in files[player.name].items()}
-    differing = sorted(there ^ {(name, p.shape) for name, p in own.items()})
+    differing = sorted(there ^ {(name, sharded.shape(p)) for name, p in own.items()})
     if differing:
         raise CheckpointError(f"{folder}: {player.name}.safetensors does not fit, first: {differing[0][0]}")
     for name, parameter in own.items():

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ldm.models.base import Network
 
+from .. import zero
 from ..ema import EMA
 from ..fit import ConfigError
 from ..loop import Batch, Player
@@ -51,7 +52,12 @@ def player(
     per_step = config.train.batch_size * config.train.gradient_accumulation_steps * accelerator.num_processes
     prepared = prepare(accelerator, module)
     fp16 = accelerator.mixed_precision == "fp16"
-    guarded = Guarded(module.named_parameters(), optimizer, max(end - start, 1), per_step=per_step, fp16=fp16)
+    if zero.asked():
+        batch, length = config.train.batch_size, max(end - start, 1)
+        guarded = zero.Zero(accelerator, module, optimizer, length, batch=batch, per_step=per_step, fp16=fp16)
+        prepared = guarded.engine
+    else:
+        guarded = Guarded(module.named_parameters(), optimizer, max(end - start, 1), per_step=per_step, fp16=fp16)
     how = config.ema if ema_decay is None else EMAConfig()
     decay = config.ema_decay if ema_decay is None else ema_decay
     ema = EMA(module.named_parameters(), decay, how, start=start, end=end)
