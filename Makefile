@@ -6,7 +6,7 @@ DEMO := outputs/demo
 PYTEST := $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow lint format
+.PHONY: help setup demo test test-slow test-browser lint format
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /make \1\t/' | expand -t 18
@@ -27,6 +27,10 @@ test: lint ## lint, types and the tests
 
 test-slow: setup ## the tests that take minutes, the demo among them
 	$(BIN)/python -m pytest -m slow
+
+test-browser: setup ## the pages, in a headless Chromium; installs it with apt where there is none
+	@$(BIN)/python scripts/browser.py
+	$(BIN)/python -m pytest -m browser
 
 lint: setup ## ruff and pyright
 	$(BIN)/ruff check

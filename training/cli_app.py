@@ -1,0 +1,83 @@
+"""``ldm app``: the web page of a pipeline folder."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .says import say
+
+DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+PASSWORD = "LDM_APP_PASSWORD"  # where a password is looked for: it is not to stand in the list of processes
+
+
+def page(
+    folder: Annotated[str, typer.Argument(help="Pipeline folder, or a hub name.")],
+    out: Annotated[Path, typer.Option(help="The only folder that the page writes to and reads from.")] = Path(
+        "outputs/app"
+    ),
+    loras: Annotated[Path | None, typer.Option(help="Folder of LoRA files to choose from.")] = None,
+    host: Annotated[str, typer.Option(help="Address to listen at.")] = "127.0.0.1",
+    port: Annotated[int | None, typer.Option(min=1, max=65535, help="By default the first free from 7860 on.")] = None,
+    password_file: Annotated[
+        Path | None, typer.Option(help=f"File with the password; else it is {PASSWORD} in the environment.")
+    ] = None,
+    ask_password: Annotated[bool, typer.Option("--ask-password", help="Ask for the password to set.")] = False,
+    no_password: Annotated[bool, typer.Option("--no-password", help="Let everybody in who can reach --host.")] = False,
+    dtype: Annotated[str, typer.Option(help="Of the weights: fp32, bf16 or fp16.")] = "fp32",
+    waiting: Annotated[int, typer.Option(min=1, help="Requests that may wait in the queue.")] = 8,
+    max_side: Annotated[int, typer.Option(min=8, help="Longest side of a picture, in pixels.")] = 2048,
+    max_pictures: Annotated[int, typer.Option(min=1, help="Pictures of one request.")] = 8,
+) -> None:
+    """Draw in a web page, on this machine: previews, LoRA, image to image, inpainting."""
+    password = _password(password_file, ask_password, no_password)
+    say()
+    from pipelines.app import ready, serve
+    from pipelines.app_guard import is_loopback
+
+    ready(out, host, password, no_password)
+    import torch
+
+    from pipelines.app_draw import Studio, find_loras
+    from pipelines.text_to_image import TextToImagePipeline
+
+    if dtype not in DTYPES:
+        raise ValueError(f"--dtype {dtype}: expected one of {', '.join(DTYPES)}")
+    found = {} if loras is None else find_loras(loras)
+    pipe = TextToImagePipeline.from_pretrained(folder, dtype=getattr(torch, DTYPES[dtype]))
+    pipe.to("cuda" if torch.cuda.is_available() else "cpu")
+    studio = Studio(pipe, out / "pictures", found, model=folder, max_side=max_side, max_pictures=max_pictures)
+    served = serve(
+        studio, out, title=Path(folder).name, host=host, port=port, password=password, no_password=no_password,
+        waiting=waiting,
+    )  # fmt: skip
+    print(f"preview   explains {studio.preview.r2:.0%} of the colours that the autoencoder makes of latents")
+    print(f"pictures  {studio.pictures}")
+    if not is_loopback(host):
+        print("careful   what goes over the network is not encrypted: put it behind a server that speaks https")
+    print(f"page      {served.local_url}  (Ctrl-C ends it)", flush=True)
+    served.block_thread()
+
+
+def _password(file: Path | None, ask: bool, none: bool) -> str | None:
+    """From a file, a question or the environment, in this order.
+
+    Raises:
+        ValueError: two of them, or an empty one.
+    """
+    if (file is not None) + ask + none > 1:
+        raise ValueError("--password-file, --ask-password and --no-password: give one of them")
+    if none:
+        return None
+    if file is not None:
+        password = file.read_text(encoding="utf-8").strip()
+    elif ask:
+        password = typer.prompt("Password", hide_input=True, confirmation_prompt=True)
+    else:
+        password = os.environ.get(PASSWORD)
+    if password == "":
+        raise ValueError("the password is empty")
+    return password
