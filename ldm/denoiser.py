@@ -13,6 +13,7 @@ from .bound import step_bound
 from .cond import Cond
 from .paths import Coeffs, DiscreteVP, Path, check_shapes
 from .prediction import Prediction
+from .reuse import once
 
 
 class Denoised(NamedTuple):
@@ -196,13 +197,9 @@ class Denoiser(nn.Module):
             time = torch.full((rows,), time.item(), device=x.device, dtype=_wide(x))
         else:
             time = time.to(x.device, _wide(x)).expand(rows)
-        conds = [_rows(one, rows) for one in conds]
+        together = once(_together, rows, *conds)
         if n == 1:
-            return [self.net(x, time, conds[0])]
-        try:
-            together = Cond.cat(conds)
-        except RuntimeError as error:
-            raise ValueError(f"the Conds do not fit into one batch ({error}); ask with one_batch=False") from error
+            return [self.net(x, time, together)]
         return list(self.net(torch.cat([x] * n), time.repeat(n), together).chunk(n))
 
     def _net_dtype(self, x: Tensor) -> torch.dtype:
@@ -241,6 +238,17 @@ def _share(mask: Tensor, like: Tensor) -> Tensor:
         raise ValueError(f"mask of shape {tuple(mask.shape)} for latents {tuple(like.shape)}; expected {expected}")
     mean = mask.mean(tuple(range(1, mask.ndim)), keepdim=True)
     return mask / mean.clamp(min=torch.finfo(mask.dtype).tiny)
+
+
+def _together(rows: int, *conds: Cond) -> Cond:
+    """One batch: ``rows`` of each."""
+    each = [_rows(one, rows) for one in conds]
+    if len(each) == 1:
+        return each[0]
+    try:
+        return Cond.cat(each)
+    except RuntimeError as error:
+        raise ValueError(f"the Conds do not fit into one batch ({error}); ask with one_batch=False") from error
 
 
 def _rows(cond: Cond, rows: int) -> Cond:

@@ -51,11 +51,17 @@ def classifier_free(
         without, with_ = denoiser(x_t, t, [uncond, cond], one_batch=one_batch)
         output = without.output + guidance_scale * (with_.output - without.output)
         if rescale:
-            back = _column(_rows(with_.output).std(1) / _rows(output).std(1), output)
-            output = (1 - rescale) * output + rescale * output * back
+            output = rescaled(output, with_.output, rescale)
         return denoiser.interpret(x_t, t, output)._replace(var_frac=with_.var_frac)
 
     return denoise
+
+
+def rescaled(guided: Tensor, conditional: Tensor, rescale: float) -> Tensor:
+    """The guided output (B, …) brought back by φ = ``rescale`` to the standard deviation that the conditional one has
+    in each row (Lin et al. 2024, section 3.4)."""
+    back = _column(_rows(conditional).std(1) / _rows(guided).std(1), guided)
+    return (1 - rescale) * guided + rescale * guided * back
 
 
 def autoguidance(denoise: Denoise, weak: Denoise, guidance_scale: float) -> Denoise:
@@ -81,7 +87,7 @@ def interval(guided: Denoise, plain: Denoise, low: float, high: float) -> Denois
     One t () on the CPU asks only the one that is needed; a t (B,), or on a device, asks both and picks by row.
 
     Args:
-        low, high: in t. The paper's, in noise over signal, are ``path.time_at(-2 * torch.log(nu))``.
+        low, high: in t. The paper's are in noise over signal: ``sigma_interval``.
     Raises:
         ValueError: not 0 <= low < high <= 1.
     """
@@ -98,6 +104,18 @@ def interval(guided: Denoise, plain: Denoise, low: float, high: float) -> Denois
         return Denoised(x0, eps, output, frac)
 
     return denoise
+
+
+def sigma_interval(guided: Denoise, plain: Denoise, path: Path, low: float, high: float) -> Denoise:
+    """``interval`` as the paper has it: low and high in noise over signal, sigma / alpha; EDM's and VE's sigma.
+
+    Raises:
+        ValueError: not 0 <= low < high < inf, or no time of the path lies between.
+    """
+    if not 0 <= low < high < math.inf:
+        raise ValueError(f"sigma_interval: low is {low} and high is {high}; expected 0 <= low < high, in sigma / alpha")
+    times = path.time_at(-2 * torch.tensor([low, high], dtype=torch.float64).log()).clamp(0, 1)
+    return interval(guided, plain, *times.tolist())
 
 
 def classifier(
@@ -244,6 +262,7 @@ GUIDANCE: dict[str, Callable[..., Denoise]] = {
     "classifier_free": classifier_free,
     "autoguidance": autoguidance,
     "interval": interval,
+    "sigma_interval": sigma_interval,
     "classifier": classifier,
     "apg": apg,
     "dynamic_thresholding": dynamic_thresholding,

@@ -3,28 +3,35 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ldm.cond import Cond
 from ldm.denoiser import Denoised, Denoiser
-from ldm.guidance import classifier_free
 from ldm.models.base import Network
 from ldm.models.dit import DiT, visible
 from ldm.models.text import TextEncoder
 from ldm.models.unet import UNet
-from ldm.models.vae import VAE
+from ldm.models.vae import VAE, Moments
+from ldm.paths import Path
+from ldm.reuse import reuse
 from ldm.sampling import SAMPLERS
 
-from .kinds import check_shown
+from .fast import StepCaching, step_cache_of
+from .guiding import Guidance, check_options, guide, near
+from .kinds import check_shown, image_guided
+from .prompts import LongPrompt, one_length
+from .prompts import encode as encode_prompts
 from .schedulers import Schedule
 
+Module = TypeVar("Module", bound=nn.Module)
 Generators = torch.Generator | Sequence[torch.Generator]
 OnStep = Callable[[int, Tensor, Tensor, Denoised], Tensor | None]
+LENT = ("denoise", "path", "x", "times", "generator", "callback")  # of a sampler's arguments: no options
 
 
 @dataclass(frozen=True)
@@ -132,7 +139,15 @@ def sample_latents(
     steps: int,
     guidance_scale: float,
     rescale: float = 0.0,
+    guidance: Guidance = "classifier_free",
+    one_batch: bool = True,
+    step_cache: StepCaching | None = None,
     sampler: str | None = None,
+    sampler_options: Mapping[str, Any] | None = None,
+    source: Tensor | None = None,
+    strength: float = 1.0,
+    mask: Tensor | None = None,
+    image_guidance_scale: float = 1.0,
     generator: Generators | None = None,
     on_step: OnStep | None = None,
     **options: Any,
@@ -146,21 +161,35 @@ def sample_latents(
         noise: of unit variance; brought here to that from which the schedule starts.
         steps: of the sampler; the grid is the schedule's own.
         rescale: classifier-free guidance's rescaling of the standard deviation, 0 to 1.
-        sampler: a name in ``ldm.sampling.SAMPLERS``; the schedule's own by default.
+        guidance, one_batch: as in ``guiding.guide``.
+        step_cache: inner layers are computed at every so many steps only, or a dict of ``StepCache``'s options; faster,
+            and not the same picture (``fast.distance``).
+        sampler: a name in ``ldm.sampling.SAMPLERS``; the schedule's own by default. ``sampler_options``: what its
+            signature takes.
+        source: normalized latents (B, C, h, w) to begin with, as noisy as at the time where the walk begins (SDEdit,
+            Meng et al. 2022); without them it begins with noise.
+        strength: how much of the grid is walked, its end.
+        mask: (B, 1, h, w), 1 where ``source`` is drawn anew. Elsewhere it is put back after each step, as noisy as it
+            is then (RePaint's known part, Lugmayr et al. 2022, eq. 8a). With strength 1 it begins with noise alone.
+        image_guidance_scale: of a network that is shown another picture (``kinds.image_guided``).
         generator: for samplers that add noise.
         on_step: ``on_step(i, t, x, denoised)``, may return a new x.
         options: of the sampler (``eta``).
     Raises:
         ValueError: no such sampler, fewer than one step, guidance without ``uncond``; a network that is shown something
-            beside the latents (``kinds``), and no ``cond.extra``.
+            beside the latents (``kinds``), and no ``cond.extra``; a mask without ``source``, or with a sampler that
+            does not walk the grid; what ``guide`` and ``steps_walked`` refuse.
     """
     check_shown(parts.net, parts.channels, cond)
     schedule, name = parts.schedule, sampler or parts.schedule.sampler
     if name not in SAMPLERS:
-        raise ValueError(f"sampler {name!r} is not one of {', '.join(SAMPLERS)}")
-    if steps < 1:
-        raise ValueError(f"num_inference_steps is {steps}, expected 1 or more")
-    denoiser, net = parts.denoiser(), parts.net
+        raise ValueError(f"sampler {name!r} is not one of {', '.join(SAMPLERS)}{near(name, SAMPLERS)}")
+    options |= sampler_options or {}
+    check_options(f"sampler {name}", SAMPLERS[name], options, LENT)
+    walked = steps_walked(steps, strength, parts.text.family)
+    if mask is not None and name == "rk45":
+        raise ValueError("sampler rk45 takes steps of its own: what the mask keeps cannot be put back after each")
+    denoiser, net = parts.denoiser(), awake(parts.net)
     if uncond is None or guidance_scale <= 1:
         if guidance_scale > 1:
             raise ValueError(f"guidance_scale {guidance_scale} needs the conditioning to lead away from; give uncond")
@@ -169,18 +198,83 @@ def sample_latents(
     cond, uncond = visible(  # here, where a GPU is waited for once, and not in the network, at every step
         *((c if c.size_ids is not None else with_sizes(net, c, h, w)).to(net.device, net.dtype) for c in (cond, uncond))
     )
-    denoise = classifier_free(denoiser, cond, uncond, guidance_scale, rescale=rescale)
-    times = schedule.times(steps)
+    if image_guidance_scale != 1 and guidance_scale > 1:
+        if guidance != "classifier_free":
+            raise ValueError(f"image_guidance_scale goes with guidance classifier_free, not with {guidance!r}")
+        scales = guidance_scale, image_guidance_scale
+        denoise = image_guided(denoiser, cond, uncond, *scales, rescale=rescale, one_batch=one_batch)
+    else:
+        denoise = guide(denoiser, cond, uncond, guidance_scale, rescale=rescale, guidance=guidance, one_batch=one_batch)
+    noise = noise.to(net.device)
+    times = schedule.times(steps)[-walked - 1 :]
+    if source is None or (mask is not None and strength == 1):
+        x = noise * schedule.spread(times)
+    else:
+        x = noisy(schedule.path, source, noise, times[0])
+    if mask is not None:
+        on_step = keeping(schedule.path, source, noise, mask, times, on_step)
     own = schedule.sampler_options if name == schedule.sampler else {}
-    return SAMPLERS[name](
-        denoise,
-        schedule.path,
-        noise * schedule.spread(times),
-        times,
-        generator=generator,
-        callback=on_step,
-        **{**own, **options},
-    )
+    with reuse(cond, uncond, cache=step_cache_of(parts.net, step_cache)) as run:
+        return SAMPLERS[name](
+            denoise,
+            schedule.path,
+            x,
+            times,
+            generator=generator,
+            callback=run.counting(on_step),
+            **{**own, **options},
+        )
+
+
+def steps_walked(steps: int, strength: float, family: str = "sd") -> int:
+    """How many of the grid's steps are walked, counted as the stock pipelines of the family do: what is less than a
+    step is left out, and in SD3's walked whole.
+
+    Raises:
+        ValueError: no steps; strength outside [0, 1], or too little for one step.
+    """
+    if steps < 1:
+        raise ValueError(f"num_inference_steps is {steps}, expected 1 or more")
+    if not 0 <= strength <= 1:
+        raise ValueError(f"strength is {strength}, expected 0 to 1, of which 1 draws all anew")
+    walked = steps - int(steps - steps * strength) if family == "sd3" else int(steps * strength)
+    if walked < 1:
+        raise ValueError(
+            f"strength {strength} of num_inference_steps {steps} is less than one step: nothing would be drawn; give "
+            "more of either"
+        )
+    return walked
+
+
+def noisy(path: Path, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+    """x0 (B, C, h, w) with the noise of t, (), in float32 at least."""
+    wide = torch.promote_types(x0.dtype, torch.float32)
+    return path.alpha(t).item() * x0.to(wide) + path.sigma(t).item() * noise.to(x0.device, wide)
+
+
+def keeping(
+    path: Path, source: Tensor | None, noise: Tensor, mask: Tensor, times: Tensor, on_step: OnStep | None
+) -> OnStep:
+    """``on_step`` of what is left when ``source`` stands again where the mask (B, 1, h, w) is 0: with the noise of the
+    time that was stepped to, and clean after the last step."""
+    if source is None:
+        raise ValueError("mask: what is around it stays as in source, which is missing")
+    mask, source = (x.to(noise.device) for x in (mask, source))
+
+    def kept(i: int, t: Tensor, x: Tensor, denoised: Denoised) -> Tensor | None:
+        known = noisy(path, source, noise, times[i + 1]) if i + 2 < len(times) else source.to(x.dtype)
+        x = torch.where(mask > 0, x, known)
+        changed = None if on_step is None else on_step(i, t, x, denoised)
+        return x if changed is None else changed
+
+    return kept
+
+
+@torch.no_grad()
+def encode(vae: VAE, pictures: Tensor, family: str = "sd") -> Moments:
+    """Pictures (B, 3, H, W) in [-1, 1] -> moments of raw latents, (B, C, h, w) each; ``family`` as in ``decode``."""
+    vae = _wide_enough(awake(vae), family)
+    return vae.encode(pictures.to(vae.device, vae.dtype))
 
 
 @torch.no_grad()
@@ -188,13 +282,38 @@ def decode(vae: VAE, latents: Tensor, family: str = "sd") -> Tensor:
     """Normalized latents (B, C, h, w) -> pictures (B, 3, H, W) in [0, 1].
 
     Args:
-        family: of the text encoder. SDXL's autoencoder overflows in float16: there it decodes in float32 if its
-            config says ``force_upcast``, which the other families' stock pipelines do not look at.
+        family: of the text encoder. SDXL's autoencoder overflows in float16: there it works in float32 if its config
+            says ``force_upcast``, which the other families' stock pipelines do not look at.
     """
-    if family == "sdxl" and vae.dtype == torch.float16 and vae.config["force_upcast"]:
-        vae = copy.deepcopy(vae).float()  # the caller's stays as it is
+    vae = _wide_enough(awake(vae), family)
     raw = vae.latent_scale.denormalize(latents).to(vae.device, vae.dtype)
     return (vae.decode(raw) / 2 + 0.5).clamp(0, 1)
+
+
+def _wide_enough(vae: VAE, family: str) -> VAE:
+    if family == "sdxl" and vae.dtype == torch.float16 and vae.config["force_upcast"]:
+        hook = getattr(vae, "_hf_hook", None)  # of offload, which knows the other networks: not copied
+        return copy.deepcopy(vae, {id(hook): hook}).float()  # the caller's stays as it is
+    return vae
+
+
+def awake(module: Module) -> Module:
+    """The module where it runs. Of one that accelerate keeps elsewhere (``enable_model_cpu_offload``) only ``forward``
+    brings it there by itself; who asks where it is, or calls ``encode`` and ``decode``, has to wake it."""
+    if (hook := getattr(module, "_hf_hook", None)) is not None:
+        hook.pre_forward(module)
+    return module
+
+
+def told(
+    text: TextEncoder, prompts: Sequence[str], guided: bool, long_prompt: LongPrompt = "cut"
+) -> tuple[Cond, Cond | None]:
+    """A row for each prompt, and where guidance needs it the null prompt, as long as they are."""
+    cond = encode_prompts(text, prompts, long_prompt=long_prompt)
+    if not guided:
+        return cond, None
+    cond, uncond = one_length(cond, text.null())
+    return cond, uncond
 
 
 @torch.no_grad()
@@ -208,11 +327,11 @@ def generate(
     noise: Tensor | None = None,
     height: int | None = None,
     width: int | None = None,
+    long_prompt: LongPrompt = "cut",
     **kw: Any,
 ) -> Tensor:
     """Prompts -> pictures (B, 3, H, W) in [0, 1], one for each; ``kw`` goes to ``sample_latents``."""
-    cond = parts.text.encode(prompts)
-    uncond = parts.text.null() if guidance_scale > 1 else None
+    cond, uncond = told(parts.text, prompts, guidance_scale > 1, long_prompt)
     if noise is None:
         shape = latent_shape(parts, len(prompts), height, width)
         noise = start_latents(shape, generator, device=parts.net.device, dtype=parts.net.dtype)

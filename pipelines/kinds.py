@@ -1,4 +1,4 @@
-"""The kinds of networks that are shown something beside the latents, told by their channels.
+"""The kinds of networks that are shown something beside the latents, told by their channels; guidance by what is shown.
 
 They are named as in a config's ``conditioning``:
 
@@ -9,7 +9,14 @@ They are named as in a config's ``conditioning``:
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
 from ldm.cond import Cond
+from ldm.denoiser import Denoised, Denoiser
+from ldm.guidance import Denoise
 from ldm.models.base import Network
 from ldm.models.grow import latent_channels
 
@@ -55,3 +62,40 @@ def check_shown(net: Network, latents: int, cond: Cond) -> None:
             f"the network takes {total} channels, {total - latents} more than the latents' {latents}: it draws from "
             f"{KINDS[kind_of(net) or 'image']}, not from text alone"
         )
+
+
+def image_guided(
+    denoiser: Denoiser,
+    cond: Cond,
+    uncond: Cond,
+    guidance_scale: float,
+    image_guidance_scale: float,
+    *,
+    rescale: float = 0.0,
+    one_batch: bool = True,
+) -> Denoise:
+    """Guidance of the kind ``image`` by text and by picture, each with a scale of its own (Brooks et al. 2023, eq. 3):
+
+        none + s_I (picture - none) + s_T (text and picture - picture)
+
+    on the network's output. ``uncond`` is shown the picture too; "none" is ``uncond`` with zeros in its place.
+
+    Raises:
+        ValueError: image_guidance_scale below 1, rescale outside [0, 1].
+    """
+    if not 0 <= rescale <= 1:
+        raise ValueError(f"rescale is {rescale}; expected a number in [0, 1]")
+    if image_guidance_scale < 1 or uncond.extra is None:
+        raise ValueError(f"image_guidance_scale is {image_guidance_scale}, expected 1 or more, and a picture")
+    nothing = replace(uncond, extra=torch.zeros_like(uncond.extra))
+
+    def denoise(x_t: Tensor, t: Tensor) -> Denoised:
+        both, picture, none = denoiser(x_t, t, [cond, uncond, nothing], one_batch=one_batch)
+        output = none.output + image_guidance_scale * (picture.output - none.output)
+        output = output + guidance_scale * (both.output - picture.output)
+        if rescale:  # as ``classifier_free``'s
+            back = both.output.std((1, 2, 3), keepdim=True) / output.std((1, 2, 3), keepdim=True)
+            output = (1 - rescale) * output + rescale * output * back
+        return denoiser.interpret(x_t, t, output)._replace(var_frac=both.var_frac)
+
+    return denoise

@@ -179,17 +179,19 @@ def test_long_captions_in_pieces(name: str, tmp_path: Path, calls: dict[str, lis
         live = encode_captions(
             text, [LONG, "zebra", LONG + " zebra apple tree", LONG], "chunk", null, torch.tensor(drop)
         )
-        n, most = alone.tokens.shape[1], len(read[2])
+        n, most = text.max_length, len(read[2])
         for i, parts in enumerate(read):
-            one = text.encode(parts)
-            torch.testing.assert_close(found["tokens"][i, : n * len(parts)], one.tokens.flatten(0, 1), **CLOSE)
+            one = text.encode(parts, None, [" ".join(parts)] * len(parts))  # T5 reads the whole
+            torch.testing.assert_close(found["tokens"][i, : n * len(parts)], one.tokens[:, :n].flatten(0, 1), **CLOSE)
+            torch.testing.assert_close(found["tokens"][i, n * most :], one.tokens[0, n:], **CLOSE)
             if one.pooled is not None:
                 torch.testing.assert_close(found["pooled"][i], one.pooled[0], **CLOSE)
-            own = torch.zeros(n) if one.bias is None else one.bias[0]
-            expected = [*[own] * len(parts), *[torch.full((n,), -torch.inf)] * (most - len(parts))]
-            assert found["bias"][i].equal(torch.cat(expected))
-    torch.testing.assert_close(found["tokens"][3, :n], null.tokens[0], **CLOSE)
-    assert (found["bias"][3, n:] == -torch.inf).all()
+            own = torch.zeros(one.tokens.shape[1]) if one.bias is None else one.bias[0]
+            hidden = torch.full((n * (most - len(parts)),), -torch.inf)
+            assert found["bias"][i].equal(torch.cat([*[own[:n]] * len(parts), hidden, own[n:]]))
+    torch.testing.assert_close(found["tokens"][3, :n], null.tokens[0, :n], **CLOSE)
+    torch.testing.assert_close(found["tokens"][3, n * most :], null.tokens[0, n:], **CLOSE)
+    assert (found["bias"][3, n : n * most] == -torch.inf).all()
     for key, x in found.items():
         torch.testing.assert_close(getattr(live, key), x, **CLOSE)
     short = caches.texts(at[1:2], caption[1:2])  # in a batch of short ones nothing is added

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from ldm.models.long_text import chunks
 from tests.datasets_made import encoded, flat, imagefolder, parquet
-from training.captions import check_lengths, chosen, chunks, lengths, shuffled, variants
+from training.captions import check_lengths, chosen, lengths, shuffled, variants
 from training.data import DataError, open_rows
 from training.schema import Data
 

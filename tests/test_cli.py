@@ -315,36 +315,3 @@ def test_init_lists_copies_and_overwrites_nothing(
     assert ldm("init", "openmoji/unet.yaml", "--out", "new/other.yaml").code == 0
     assert load(tmp_path / "new/other.yaml").task == "diffusion"
     refused(ldm("init", "openmoji/nothing"), "openmoji/nothing", "openmoji/vae")
-
-
-# --- sample ----------------------------------------------------------------------------------------------------------
-
-
-def test_sample_writes_the_same_picture_twice(ldm: Callable[..., Said], pipeline: Path, tmp_path: Path) -> None:
-    drawn = []
-    for name in ("one.png", "two.png"):
-        out = tmp_path / "new" / name
-        said = ldm("sample", pipeline, "a red circle", "-n", 4, "--seed", 7, "--steps", 3, "-o", out)
-        assert said.code == 0 and said.out.strip() == str(out), said
-        drawn.append(out.read_bytes())
-    assert drawn[0] == drawn[1]
-    with Image.open(tmp_path / "new/one.png") as sheet:
-        assert sheet.size == (8 + 2 * (16 + 8), 8 + 2 * (16 + 8))  # 2 x 2 pictures of 16 px
-        second = np.asarray(sheet.crop((32, 8, 48, 24))).astype(int)
-    alone = tmp_path / "alone.png"
-    assert ldm("sample", pipeline, "a red circle", "--seed", 8, "--steps", 3, "-o", alone).code == 0
-    with Image.open(alone) as picture:  # picture i of seed s is that of seed s + i, but for a batch's rounding
-        assert picture.size == (16, 16) and abs(np.asarray(picture) - second).max() <= 1
-    assert ldm("sample", pipeline, "a red circle", "--seed", 9, "--steps", 3, "-o", alone).code == 0
-    with Image.open(alone) as picture:
-        assert abs(np.asarray(picture) - second).max() > 16
-
-
-def test_sample_refuses_what_it_cannot_draw(ldm: Callable[..., Said], pipeline: Path, place: Path) -> None:
-    out = place / "out.png"
-    refused(ldm("sample", place / "data", "a cat", "-o", out), "model_index.json", "no pipeline folder")
-    refused(ldm("sample", place / "gone", "a cat", "-o", out), str(place / "gone"), "no such folder")
-    refused(ldm("sample", pipeline, "a cat", "--sampler", "dimm", "--steps", 2, "-o", out), "dimm", "ddim")
-    refused(ldm("sample", pipeline, "a cat", "--steps", 2, "-o", place / "out.picture"), "out.picture", ".png")
-    refused(ldm("sample", pipeline, "a cat", "--steps", 2, "-o", place / "data"), str(place / "data"))
-    assert not out.exists()

@@ -17,7 +17,16 @@ from torch import Tensor
 
 from ldm.cond import Cond
 from ldm.denoiser import Denoised, Denoiser, TimeInput
-from ldm.guidance import GUIDANCE, apg, autoguidance, classifier, classifier_free, dynamic_thresholding, interval
+from ldm.guidance import (
+    GUIDANCE,
+    apg,
+    autoguidance,
+    classifier,
+    classifier_free,
+    dynamic_thresholding,
+    interval,
+    sigma_interval,
+)
 from ldm.paths import VE, CosineVP, DiscreteVP, LinearVP, RectifiedFlow
 from ldm.prediction import X0, Eps, Flow, Karras, V
 from ldm.sampling import ddpm, time_grid
@@ -136,10 +145,8 @@ def test_interval_with_a_time_for_each_row() -> None:
 
 
 def test_interval_in_noise_over_signal() -> None:
-    """The docstring's conversion."""
-    path = VE()
-    low, high = path.time_at(-2 * torch.log(torch.tensor([0.28, 2.9], dtype=torch.float64))).tolist()
-    guided = interval(lambda x, t: Denoised(x, x, x), lambda x, t: Denoised(-x, x, x), low, high)
+    """EDM's sigma, where the path is its own."""
+    guided = sigma_interval(lambda x, t: Denoised(x, x, x), lambda x, t: Denoised(-x, x, x), VE(), 0.28, 2.9)
     for sigma, sign in ((0.279, -1), (0.281, 1), (2.89, 1), (2.91, -1)):
         assert torch.equal(guided(X, torch.tensor(sigma / 80, dtype=torch.float64)).x0, sign * X)
 
@@ -330,6 +337,7 @@ CALLS: dict[str, Any] = {
     "classifier_free": lambda d: classifier_free(d, COND, NULL, 3.0),
     "autoguidance": lambda d: autoguidance(tie(d, COND), tie(d, NULL), 3.0),
     "interval": lambda d: interval(classifier_free(d, COND, NULL, 3.0), tie(d, COND), 0.0, 0.5),
+    "sigma_interval": lambda d: sigma_interval(classifier_free(d, COND, NULL, 3.0), tie(d, COND), d.path, 0.0, 1.0),
     "classifier": lambda d: classifier(tie(d, COND), d.path, lambda x, t: -x.reshape(3, -1).square().sum(1), 3.0),
     "apg": lambda d: apg(d, COND, NULL, 3.0),
     "dynamic_thresholding": lambda d: dynamic_thresholding(tie(d, COND), d.path),

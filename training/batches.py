@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ldm import rng
+from ldm.models.long_text import joined
 
 from .captions import chosen
 from .schema import Data
@@ -134,12 +135,20 @@ class CachedTexts:
         starts: (N + 1,) where each row's captions begin among all M of them, and the end.
         null: slot of the null prompt.
         parts: (M + 1,) where each caption's pieces begin among the slots, and the end; None where each is one.
+        length: tokens of a piece, as ``joined`` has them.
     """
 
     def __init__(
-        self, reader: Reader, slots: np.ndarray, starts: np.ndarray, null: int, parts: np.ndarray | None = None
+        self,
+        reader: Reader,
+        slots: np.ndarray,
+        starts: np.ndarray,
+        null: int,
+        parts: np.ndarray | None = None,
+        length: int = 0,
     ):
-        self.reader, self.slots, self.starts, self.null, self.parts = reader, slots, starts, null, parts
+        self.reader, self.slots, self.starts, self.null = reader, slots, starts, null
+        self.parts, self.length = parts, length
 
     def __call__(self, row: np.ndarray, caption: np.ndarray, dropped: np.ndarray | None = None) -> dict[str, Tensor]:
         at = self.starts[row] + caption  # (B,)
@@ -151,26 +160,8 @@ class CachedTexts:
         slots = self.slots[np.minimum(self.parts[at][:, None] + piece, len(self.slots) - 1)]  # (B, K)
         slots = np.where(dropped[:, None] | (piece >= counts[:, None]), self.null, slots)
         found = self.reader.gather(slots.reshape(-1))
-        return joined({k: x.unflatten(0, slots.shape) for k, x in found.items()}, torch.from_numpy(counts))
-
-
-def joined(pieces: dict[str, Tensor], counts: Tensor) -> dict[str, Tensor]:
-    """Embeddings of captions that were read in pieces: all their tokens in a row, and the first one's ``pooled``.
-
-    Args:
-        pieces: each (B, K, …); of row b the first ``counts[b]`` are its own, the others are hidden by ``bias``.
-        counts: (B,).
-    """
-    tokens = pieces["tokens"]  # (B, K, L, D)
-    several = tokens.shape[1] > 1
-    hidden = torch.arange(tokens.shape[1], device=tokens.device) >= counts.to(tokens.device)[:, None]  # (B, K)
-    out = {"tokens": (tokens.masked_fill(hidden[:, :, None, None], 0) if several else tokens).flatten(1, 2)}
-    if "pooled" in pieces:
-        out["pooled"] = pieces["pooled"][:, 0]
-    if "bias" in pieces or several:
-        bias = pieces.get("bias", tokens.new_zeros(tokens.shape[:3], dtype=torch.float32))  # (B, K, L)
-        out["bias"] = bias.masked_fill(hidden[:, :, None], -torch.inf).flatten(1)
-    return out
+        found = {k: x.unflatten(0, slots.shape) for k, x in found.items()}
+        return joined(found, torch.from_numpy(counts), self.length)
 
 
 class LatentBatches(Dataset):

@@ -130,7 +130,7 @@ def open_caches(
     if policy == "refuse":
         together.told(lambda: [_refuse_long(rows, encoders) for rows, _ in splits])
     counts: dict[str, int] = {"pictures_made": 0, "pictures_taken_up": 0, "texts_made": 0, "texts_taken_up": 0}
-    plans = [_Plan(1 + flip) for _, flip in splits]
+    plans = [_Plan(1 + flip, about.length) for _, flip in splits]
     for (rows, flip), plan in zip(splits, plans, strict=True):
         if how.latents:
             plan.pictures = picture_keys(rows, flip)
@@ -160,9 +160,10 @@ def open_caches(
 
 @dataclass
 class _Plan:
-    """The keys of a split, and how many sides its pictures have."""
+    """The keys of a split, how many sides its pictures have, and the tokens that are read of a caption at once."""
 
     sides: int
+    length: int
     pictures: np.ndarray | None = None
     words: Words | None = None
     masks: np.ndarray | None = None
@@ -177,7 +178,8 @@ class _Plan:
             regions = CachedRows(reader, reader.slots[:, None], "mask")
         if self.words is not None:
             reader, words = texts.open(self.words.keys), self.words
-            captions = CachedTexts(reader, reader.slots[1:], words.starts, int(reader.slots[0]), words.parts)
+            slots, null = reader.slots[1:], int(reader.slots[0])
+            captions = CachedTexts(reader, slots, words.starts, null, words.parts, self.length)
         return Caches(latents, captions, regions)
 
 
@@ -291,10 +293,12 @@ def _fill_texts(
 ) -> int:
     cut = np.zeros(1, np.int64)
 
-    def text_at(position: int) -> str:
+    def text_at(position: int) -> tuple[str, str]:
+        """A caption or a piece of it, and what sd3's T5 reads with it."""
         row, caption, piece = words.caption(position)
         whole = rows.texts[row][caption]
-        return whole if words.parts is None else pieces(encoders.text, [whole], "chunk")[0][piece]
+        part = whole if words.parts is None else pieces(encoders.text, [whole], "chunk")[0][piece]
+        return part, part if piece else whole
 
     @torch.no_grad()
     def encode(block: np.ndarray) -> Fields:
@@ -302,8 +306,9 @@ def _fill_texts(
         found = [text.null()] if block[0] == 0 else []
         texts = [text_at(position) for position in block[block > 0].tolist()]
         for i in range(0, len(texts), BATCH):
-            found.append(text.encode(texts[i : i + BATCH]))
-            cut[0] += sum(n > text.max_length for n in text.count_tokens(texts[i : i + BATCH]))
+            parts, whole = map(list, zip(*texts[i : i + BATCH], strict=True))
+            found.append(text.encode(parts, None, whole))
+            cut[0] += sum(n > text.max_length for n in text.count_tokens(parts))
         cond = Cond.cat([x.to("cpu") for x in found])
         out = {"tokens": _stored(cond.tokens, precision, "a caption's embedding")}
         if cond.pooled is not None:

@@ -51,13 +51,14 @@ class Words:
 
 
 def words_of(rows: Captioned, encoders: Encoders, policy: str) -> Words:
-    """Every caption, or with the policy ``chunk`` its pieces."""
+    """Every caption, or with the policy ``chunk`` its pieces; with the first of several sd3's T5 reads the whole."""
     found, starts, parts = bytearray(NULL), np.zeros(len(rows) + 1, np.int64), [0]
+    by_t5 = policy == "chunk" and encoders.text.model_3 is not None
     for i, texts in enumerate(rows.texts):
         starts[i + 1] = starts[i] + len(texts)
         read = pieces(encoders.text, texts, policy) if policy == "chunk" else [[x] for x in texts]
-        for one in read:
-            for x in one:
+        for one, whole in zip(read, texts, strict=True):
+            for x in [f"{one[0]}\0{whole}", *one[1:]] if by_t5 and len(one) > 1 else one:
                 found += hashlib.blake2b(x.encode("utf-8", "surrogatepass"), digest_size=16).digest()
             if policy == "chunk":
                 parts.append(parts[-1] + len(one))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -10,13 +10,12 @@ import torch
 from torch import Tensor
 
 from ldm import rng
+from ldm.models.long_text import Count
 
 from .schema import Data
 from .tables import AT_ONCE, DataError, batched
 
 VARIANT, TAGS = 6, 7  # streams of ``batches.Stream``: which caption, in which order its tags
-
-Count = Callable[[list[str]], Sequence[int]]  # tokens of each text, with those at its ends
 
 
 def variants(raw: Any, data: Data) -> tuple[str, ...]:
@@ -106,22 +105,3 @@ def check_lengths(texts: Iterable[str], count: Count, limit: int, policy: Litera
             f"{found}; the first: {found.examples[0][:200]!r}. Shorten them, or set data.long_captions to cut or chunk"
         )
     return found
-
-
-def chunks(text: str, count: Count, limit: int) -> list[str]:
-    """A text in pieces of at most ``limit`` tokens each, cut between words; a single word that is longer stays whole.
-
-    Each piece counts the tokens at its ends anew. A text without words is one empty piece.
-    """
-    words, pieces = text.split(), []
-    while words:
-        low, high = 1, len(words)  # the most words that fit, by halving
-        while low < high:
-            middle = (low + high + 1) // 2
-            if count([" ".join(words[:middle])])[0] <= limit:
-                low = middle
-            else:
-                high = middle - 1
-        pieces.append(" ".join(words[:low]))
-        words = words[low:]
-    return pieces or [""]

@@ -8,7 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
-from . import cli_adapt
+from . import cli_adapt, cli_app, cli_sample
+from .cli_evaluate import evaluate
 from .cli_inspect import app as inspect_app
 from .cli_lora import app as lora_app
 from .says import say
@@ -147,119 +148,10 @@ def ema(
     print(ema_pipeline(run, sigma_rel, out, images))
 
 
-@app.command()
-def sample(
-    folder: Annotated[str, typer.Argument(help="Pipeline folder, or a hub name.")],
-    prompt: str,
-    n: Annotated[int, typer.Option("-n", min=1, help="How many pictures.")] = 1,
-    seed: Annotated[int, typer.Option(min=0)] = 0,
-    steps: Annotated[int, typer.Option(min=1, help="num_inference_steps")] = 20,
-    guidance: Annotated[float, typer.Option(min=0, help="guidance_scale")] = 3.0,
-    negative: Annotated[str | None, typer.Option(help="negative_prompt")] = None,
-    sampler: Annotated[
-        str | None, typer.Option(help="By default the one that the folder's scheduler stands for.")
-    ] = None,
-    lora: Annotated[
-        list[str] | None, typer.Option(help="LoRA file, folder or run, as PATH or PATH:WEIGHT; repeat the option.")
-    ] = None,
-    embedding: Annotated[list[Path] | None, typer.Option(help="File of new tokens; repeat the option.")] = None,
-    out: Annotated[Path, typer.Option("-o", "--out", help="One picture, or a grid of several.")] = Path("out.png"),
-) -> None:
-    """Draw pictures from a prompt."""
-    from PIL import Image
-
-    kind = Image.registered_extensions().get(out.suffix.lower())
-    if out.is_dir() or kind not in Image.SAVE:
-        raise ValueError(f"{out}: expected the name of a picture file, for example {out.with_suffix('.png')}")
-
-    say()
-    import torch
-
-    from ldm.sampling import SAMPLERS
-    from pipelines.text_to_image import TextToImagePipeline
-
-    from .evaluate.grids import picture_grid, to_pil
-
-    if sampler is not None and sampler not in SAMPLERS:
-        raise ValueError(f"sampler {sampler!r} is not one of {', '.join(SAMPLERS)}")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    pipe = TextToImagePipeline.from_pretrained(folder)
-    weights = {}
-    for i, given in enumerate(lora or []):
-        place, _, weight = given.rpartition(":") if not Path(given).exists() else (given, "", "1")
-        try:
-            weights[f"lora_{i}"] = float(weight)
-        except ValueError as error:
-            raise ValueError(f"--lora {given}: no such file or folder (with a weight it is PATH:WEIGHT)") from error
-        pipe.load_lora_weights(place, f"lora_{i}")
-    if weights:
-        pipe.set_adapters(list(weights), list(weights.values()))
-    for file in embedding or []:
-        pipe.load_textual_inversion(file)
-    pipe.to(device)
-    (pictures,) = pipe(
-        [prompt] * n,
-        num_inference_steps=steps,
-        guidance_scale=guidance,
-        negative_prompt=negative,
-        sampler=sampler,
-        generator=[torch.Generator().manual_seed(seed + i) for i in range(n)],
-        output_type="pt",
-        return_dict=False,
-    )
-    out.parent.mkdir(parents=True, exist_ok=True)
-    drawn = to_pil(torch.as_tensor(pictures).cpu())
-    (drawn[0] if n == 1 else picture_grid(drawn, cell=drawn[0].width)).save(out)
-    print(out)
+app.command()(cli_sample.sample)
 
 
-@app.command()
-def evaluate(
-    folder: Annotated[Path, typer.Argument(help="Pipeline folder.")],
-    data: Annotated[Path, typer.Option(help="Imagefolder or parquet whose captions are drawn.")],
-    retrieval: Annotated[bool, typer.Option("--retrieval", help="How often the right concept is the nearest.")] = False,
-    steps: Annotated[int, typer.Option(min=1, help="num_inference_steps")] = 20,
-    guidance: Annotated[float, typer.Option(min=0, help="guidance_scale")] = 3.0,
-    seed: Annotated[int, typer.Option(min=0)] = 0,
-    run: Annotated[
-        list[Path] | None, typer.Option(help="Runs to show in the report, in order; repeat the option.")
-    ] = None,
-    out: Annotated[Path, typer.Option(help="Folder for samples.png, evaluation.json and report.html.")] = Path(
-        "outputs"
-    ),
-) -> None:
-    """Draw every caption of a data set and have a network that had no part in training judge the pictures."""
-    from rich.progress import Progress
-
-    from .evaluate.report import write_report
-    from .evaluate.retrieval import evaluate_retrieval
-
-    say()
-    if not retrieval:
-        raise ValueError("evaluate: nothing to measure; give --retrieval")
-    with Progress(transient=True) as bar:
-        task = bar.add_task("drawing", total=None)
-        found = evaluate_retrieval(
-            folder,
-            data,
-            num_inference_steps=steps,
-            guidance_scale=guidance,
-            seed=seed,
-            out=out,
-            progress=lambda done, total: bar.update(task, completed=done, total=total),
-        )
-    credit = data / "ATTRIBUTION.md"
-    attribution = credit.read_text(encoding="utf-8") if credit.is_file() else None
-    report = write_report(
-        run or [],
-        title=f"{folder}: what it draws",
-        out=out / "report.html",
-        metrics=found,
-        pictures={"Samples": out / "samples.png"},
-        attribution=attribution,
-    )
-    print(f"right concept nearest: {found['top1']:.0%} of {found['prompts']} prompts, among 5: {found['top5']:.0%}")
-    print(f"pictures  {out / 'samples.png'}\npipeline  {folder}\nreport    {report}")
+app.command()(evaluate)
 
 
 @app.command()
@@ -308,6 +200,9 @@ def init(
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_bytes(files[key].read_bytes())
     print(target)
+
+
+app.command("app")(cli_app.page)
 
 
 if __name__ == "__main__":

@@ -13,12 +13,12 @@ from torch import nn
 
 from ldm.cond import Cond
 from ldm.latents import LatentScale
+from ldm.models.long_text import chunks, joined
 from ldm.models.text import TextEncoder
 from ldm.models.vae import VAE
 
 from .base import base_of, frozen_dtype
-from .batches import joined
-from .captions import check_lengths, chunks
+from .captions import check_lengths
 from .schema import AdaptConfig, DiffusionConfig, MMDiTModel
 from .tasks.common import made
 
@@ -120,7 +120,7 @@ def text_encoder(name: str, family: str, joint_width: int | None) -> TextEncoder
 
 def pieces(text: TextEncoder, captions: Sequence[str], policy: str) -> list[list[str]]:
     """What is read of each caption: the whole, whose end may be cut; or with the policy ``chunk`` a longer one in
-    pieces of as many tokens as the encoder reads.
+    pieces of as many tokens as the encoder reads (sd3's T5 reads the whole, with the first of them).
 
     Raises:
         DataError: the policy is ``refuse`` and one is longer.
@@ -143,14 +143,16 @@ def encode_captions(text: TextEncoder, captions: Sequence[str], policy: str, nul
     parts = pieces(text, captions, policy)
     counts = torch.tensor([len(x) for x in parts])
     most = int(counts.max())
-    flat = text.encode([x for one in parts for x in [*one, *[""] * (most - len(one))]])
-    drop = dropped.to(flat.tokens.device)
+    flat = [x for one in parts for x in [*one, *[""] * (most - len(one))]]
+    whole = [x for x in captions for _ in range(most)]  # which sd3's T5 reads
+    cond = text.encode(flat, None, whole)
+    drop = dropped.to(cond.tokens.device)
     found = {}
     for name in ("tokens", "pooled", "bias"):
-        if (x := getattr(flat, name)) is not None:
+        if (x := getattr(cond, name)) is not None:
             x = x.unflatten(0, (len(parts), most))  # (B, K, …)
             found[name] = torch.where(drop.view(-1, *[1] * (x.ndim - 1)), getattr(null, name), x)
-    return Cond(**joined(found, counts.to(drop.device).where(~drop, 1))).to(torch.float32)
+    return Cond(**joined(found, counts.to(drop.device).where(~drop, 1), text.max_length)).to(torch.float32)
 
 
 def weights_hash(*modules: nn.Module) -> str:

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..cond import Cond
+from ..reuse import once
 from .attention import attention
 from .base import Network
 from .embeddings import TimestepMLP
@@ -103,9 +104,11 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, text: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
         """x (B, N, D), text (B, L, D), bias (B, L), or (B, N) without a text -> (B, N, D)."""
-        seen = x if text is None else text
-        q, k, v = self.split(self.to_q(x)), self.split(self.to_k(seen)), self.split(self.to_v(seen))
-        return self.to_out(self.attend(self.norm_q(q), self.norm_k(k), v, bias))
+        k, v = once(self._keys_values, x if text is None else text)
+        return self.to_out(self.attend(self.norm_q(self.split(self.to_q(x))), k, v, bias))
+
+    def _keys_values(self, seen: Tensor) -> tuple[Tensor, Tensor]:  # (B, M, D) -> (B, M, H, d)
+        return self.norm_k(self.split(self.to_k(seen))), self.split(self.to_v(seen))
 
     def split(self, x: Tensor) -> Tensor:  # (B, N, D) -> (B, N, H, d)
         return x.unflatten(-1, (self.heads, -1))

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..cond import Cond
+from ..reuse import cached_depth, once, seldom
 from .adaln import TIME_WIDTH, Attention, FeedForward, check_inputs, checked_width, init_weights, modulate, unpatchify
 from .base import Network
 from .embeddings import PatchEmbed, TimestepMLP, timestep_embedding
@@ -103,13 +104,23 @@ class DiT(Network):
         x = cond.beside(x)
         self._check(x, time, cond)
         if x.device.type == "cpu" and not torch.compiler.is_compiling():  # to look elsewhere makes the host wait
-            (cond,) = visible(cond)
+            (cond,) = once(visible, cond)
         height, width = x.shape[-2:]
         x = self.pos_embed(x)  # (B, N, D)
-        text = self.caption_projection(cond.tokens)  # (B, L, D)
+        text = once(self.caption_projection, cond.tokens)  # (B, L, D)
         c, modulations = self.adaln_single(time, cond.size_ids, x.dtype)  # (B, D), (B, 6, D)
-        for block in self.transformer_blocks:
-            x = self.run_block(block, x, text, modulations, cond.bias)
+
+        def through(x: Tensor, blocks: nn.ModuleList) -> Tensor:
+            for block in blocks:
+                x = self.run_block(block, x, text, modulations, cond.bias)
+            return x
+
+        blocks, first = self.transformer_blocks, cached_depth()
+        if first is None:
+            x = through(x, blocks)
+        else:
+            x = through(x, blocks[: first + 1])
+            x = seldom(lambda x: through(x, blocks[first + 1 :]), x, self, cond.tokens, change=True)
         shift, scale = (self.scale_shift_table + c[:, None]).chunk(2, dim=1)  # (B, 1, D)
         x = self.proj_out(modulate(x, shift, scale))  # (B, N, p · p · C)
         return unpatchify(x, height, width, self.patch_size)

@@ -10,10 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..reuse import current, once
+
 Size = int | tuple[int, int]
 SMALL = 2**21  # multiplications below which a call of oneDNN costs more than it saves; twice that with a backward pass
 TORCHS_OWN = 20480  # numbers in a single picture up to which torch convolves it without oneDNN
 COPY = 2**18  # weights that may be copied where no backward pass needs more memory anyway
+FEW = 512  # pixels up to which a convolution is faster by what it gains from weights that are in order already
 
 
 class Linear(nn.Linear):
@@ -44,9 +47,10 @@ class Conv3x3(nn.Conv2d):
     """``nn.Conv2d`` of 3 x 3, made faster for few pixels on a CPU.
 
     A convolution reorders its weights at every call: three quarters of the time for 1280 channels of 8 x 8 pixels.
-    One product does without; its patches are kept by nobody, so only where no gradient is needed. And for a single
-    small picture torch would leave oneDNN for its own convolution, which is slower; but oneDNN's copy of the weights
-    must not be what sets the peak of memory.
+    One product does without; its patches are kept by nobody, so only where no gradient is needed. In a sampling run
+    (``reuse``) the reordered weights are kept, of maps of few pixels. And for a single small picture torch would leave
+    oneDNN for its own convolution, which is slower; but oneDNN's copy of the weights must not be what sets the peak of
+    memory.
     """
 
     def __init__(
@@ -58,10 +62,13 @@ class Conv3x3(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:  # (B, C, H, W) -> (B, C', H', W')
         recorded = is_recorded(x, self.weight, self.bias)
-        if self.kernel_size != (3, 3) or not _by_onednn(x, self.weight, recorded):
-            return super().forward(x)
         (b, _, *size), stride = x.shape, self.stride[0]
         h, w = (math.ceil(n / stride) for n in size)
+        if self.out_channels < 8 * b * h * w <= 8 * FEW and current() and self._takes(x):
+            args = x, once(self._reordered, tuple(x.shape)), self.bias, [1, 1], [stride, stride], [1, 1], 1
+            return torch.ops.mkldnn._convolution_pointwise(*args, "none", [], "")
+        if self.kernel_size != (3, 3) or not _by_onednn(x, self.weight, recorded):
+            return super().forward(x)
         if self.bias is not None and not recorded and 8 * b * h * w <= self.out_channels:
             patches = F.unfold(x, 3, padding=1, stride=stride).transpose(0, 1).flatten(1)  # (9C, B H' W')
             y = _product(self.weight.flatten(1), patches.t()).view(-1, b, h, w).transpose(0, 1)
@@ -73,6 +80,14 @@ class Conv3x3(nn.Conv2d):
         if self.weight.numel() > COPY:
             return super().forward(x)
         return torch.mkldnn_convolution(x, self.weight, self.bias, (1, 1), (1, 1), (1, 1), 1)
+
+    def _takes(self, x: Tensor) -> bool:
+        return self.kernel_size == (3, 3) and _is_plain(x, self.weight)
+
+    def _reordered(self, size: tuple[int, ...]) -> Tensor:
+        """The weights as oneDNN wants them for inputs of this size."""
+        order: Any = torch._C._nn.mkldnn_reorder_conv2d_weight  # type: ignore[attr-defined]
+        return order(self.weight.detach().to_mkldnn(), (1, 1), self.stride, (1, 1), 1, size)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # (..., K), (N, K), (N,) -> (..., N)
@@ -157,11 +172,16 @@ def is_recorded(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
 
 
 def _by_onednn(x: Tensor, weight: Tensor, recorded: bool) -> bool:
+    large = x.numel() * weight.numel() >= (SMALL << recorded) * weight.shape[1]
+    return large and _onednn_is_faster() and _is_plain(x, weight)
+
+
+def _is_plain(x: Tensor, weight: Tensor) -> bool:
+    """float32 on a CPU, which nothing but an autograd graph looks at."""
     return (
         x.device.type == "cpu"
         and x.dtype == weight.dtype == torch.float32
-        and x.numel() * weight.numel() >= (SMALL << recorded) * weight.shape[1]
-        and _onednn_is_faster()
+        and _has_onednn()
         and not torch.is_autocast_enabled("cpu")
         and not torch.compiler.is_compiling()
         and not torch._C._are_functorch_transforms_active()
@@ -172,13 +192,19 @@ def _by_onednn(x: Tensor, weight: Tensor, recorded: bool) -> bool:
 
 @cache
 def _onednn_is_faster() -> bool:
-    known = (
+    cpu = torch.cpu.get_capabilities() if _has_onednn() else {}
+    return bool(cpu.get("avx512_f")) and "Intel" not in cpu.get("cpu_name", "Intel")
+
+
+@cache
+def _has_onednn() -> bool:
+    return (
         torch.backends.mkldnn.is_available()
         and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+        and hasattr(torch.ops.mkldnn, "_convolution_pointwise")
+        and hasattr(getattr(torch._C, "_nn", None), "mkldnn_reorder_conv2d_weight")
         and hasattr(torch.cpu, "get_capabilities")
         and hasattr(torch._C, "_are_functorch_transforms_active")  # no promise of torch's: without them, F.linear
         and hasattr(torch._C, "_len_torch_dispatch_stack")
         and hasattr(torch.autograd.forward_ad, "_current_level")
     )
-    cpu = torch.cpu.get_capabilities() if known else {}
-    return bool(cpu.get("avx512_f")) and "Intel" not in cpu.get("cpu_name", "Intel")

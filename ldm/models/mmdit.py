@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..cond import Cond
+from ..reuse import cached_depth, once, seldom
 from .adaln import (
     TIME_WIDTH,
     Attention,
@@ -117,11 +118,21 @@ class MMDiT(Network):
         assert cond.pooled is not None
         height, width = x.shape[-2:]
         x = self.pos_embed(x)  # (B, N, D)
-        text = self.context_embedder(cond.tokens)  # (B, L, D)
+        text = once(self.context_embedder, cond.tokens)  # (B, L, D)
         c = F.silu(self.time_text_embed(time, cond.pooled))  # (B, D)
         bias = None if cond.bias is None else F.pad(cond.bias, (x.shape[1], 0))  # (B, N + L): no bias on image keys
-        for block in self.transformer_blocks:
-            x, text = self.run_block(block, x, text, c, bias)
+
+        def through(x: Tensor, text: Tensor, blocks: nn.ModuleList) -> tuple[Tensor, Tensor]:
+            for block in blocks:
+                x, text = self.run_block(block, x, text, c, bias)
+            return x, text
+
+        blocks, first = self.transformer_blocks, cached_depth()
+        if first is None:
+            x, _ = through(x, text, blocks)
+        else:
+            x, text = through(x, text, blocks[: first + 1])
+            x = seldom(lambda x: through(x, text, blocks[first + 1 :])[0], x, self, cond.tokens, change=True)
         scale, shift = self.norm_out(c)
         x = self.proj_out(modulate(x, shift, scale))  # (B, N, p · p · C)
         return unpatchify(x, height, width, self.patch_size)

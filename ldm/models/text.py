@@ -144,11 +144,7 @@ class TextEncoder(nn.Module):
 
     def _tokens(self, tokenizer: Any, prompts: Sequence[str], length: int) -> tuple[Tensor, Tensor]:
         """Ids and mask, (B, length) each."""
-        if isinstance(prompts, str) or not prompts:
-            raise ValueError(f"prompts: expected a list of one or more texts, got {prompts!r}")
-        for i, prompt in enumerate(prompts):
-            if not isinstance(prompt, str):
-                raise ValueError(f"prompt {i}: expected text, got {type(prompt).__name__}")
+        check_prompts(prompts)
         texts = self.as_read(tokenizer, prompts)
         given = tokenizer(texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
         return given.input_ids, given.attention_mask
@@ -188,10 +184,7 @@ class TextEncoder(nn.Module):
             ValueError: an empty list, what is not text, lists of different lengths.
         """
         given, asked = (prompts, prompts_2 or prompts, prompts_3 or prompts), max_sequence_length
-        if len({len(texts) for texts in given}) > 1:
-            raise ValueError(
-                f"prompts of {', '.join(str(len(texts)) for texts in given)} rows; expected as many of each"
-            )
+        check_prompts(*given)
         ids, mask = [], None
         for i, (name, (tokenizer, model)) in enumerate(self.towers().items()):
             is_t5 = isinstance(model, T5EncoderModel)
@@ -343,6 +336,18 @@ class TextEncoder(nn.Module):
 def check_family(family: str) -> None:
     if family not in FAMILIES:
         raise ValueError(f"text family {family!r} is not one of {', '.join(FAMILIES)}")
+
+
+def check_prompts(*lists: Sequence[str]) -> None:
+    """Raises ValueError where one is no list of texts, or not as long as the others."""
+    for prompts in lists:
+        if isinstance(prompts, str) or not prompts:
+            raise ValueError(f"prompts: expected a list of one or more texts, got {prompts!r}")
+        for i, prompt in enumerate(prompts):
+            if not isinstance(prompt, str):
+                raise ValueError(f"prompt {i}: expected text, got {type(prompt).__name__}")
+    if len({len(prompts) for prompts in lists}) > 1:
+        raise ValueError(f"prompts of {', '.join(str(len(x)) for x in lists)} rows; expected as many of each")
 
 
 def _projects(model: Tower) -> bool:

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..reuse import once
 from .attention import attention
 from .linear import Conv1x1, Linear
 
@@ -24,10 +25,13 @@ class Attention(nn.Module):
         self.to_out = nn.Sequential(Linear(width, width))
 
     def forward(self, x: Tensor, context: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
-        context = x if context is None else context  # (B, M, D')
-        q, k, v = self._split(self.to_q(x)), self._split(self.to_k(context)), self._split(self.to_v(context))
+        k, v = once(self._keys_values, x if context is None else context)
+        q = self._split(self.to_q(x))
         out = attention(q, k, v, bias, backend=self.backend)  # (B, heads, N, d)
         return self.to_out(out.transpose(1, 2).flatten(2))  # (B, N, D)
+
+    def _keys_values(self, context: Tensor) -> tuple[Tensor, Tensor]:  # (B, M, D') -> (B, heads, M, d)
+        return self._split(self.to_k(context)), self._split(self.to_v(context))
 
     def _split(self, x: Tensor) -> Tensor:  # (B, N, D) -> (B, heads, N, d)
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..cond import Cond
+from ..reuse import cached_depth, seldom
 from .base import Network
 from .embeddings import TimestepMLP, timestep_embedding
 from .linear import Conv3x3
@@ -261,25 +262,33 @@ class UNet(Network):
         x = cond.beside(x)
         self._check(x, cond)
         emb = F.silu(self._embed(x, time, cond))  # (B, 4 * widths[0]); its SiLU is the same in every block
-        x = self.conv_in(x)
-        skips = [x]
-        for level in _levels(self.down_blocks):
-            for j in range(len(level.resnets)):
-                x = self._layer(level, j, x, emb, cond)
-                skips.append(x)
-            for downsample in level.downsamplers:
-                x = downsample(x)
-                skips.append(x)
-        for j in range(len(self.mid_block.resnets)):
-            x = self._layer(self.mid_block, j, x, emb, cond)
-        for level in _levels(self.up_blocks):
-            for j in range(len(level.resnets)):
-                x = self._layer(level, j, torch.cat([x, skips.pop()], dim=1), emb, cond)
-            for upsample in level.upsamplers:
-                x = upsample(x)
-        return self.conv_out(_silu(self.conv_norm_out(x)))
+        down = [
+            (level, j)
+            for level in _levels(self.down_blocks)
+            for j in range(len(level.resnets) + len(level.downsamplers))
+        ]
+        up = [(level, j) for level in _levels(self.up_blocks) for j in range(len(level.resnets))]
+        cached = cached_depth()
+
+        def around(x: Tensor, i: int) -> Tensor:
+            """What lies below the i-th map of the way down, and the layer of the way up that takes both."""
+            below = seldom(lambda x: inside(x, i), x, self, cond.tokens) if i == cached else inside(x, i)
+            level, j = up[-1 - i]
+            x = torch.cat([below, x], dim=1)
+            del below
+            x = self._layer(level, j, x, emb, cond)
+            return level.upsamplers[0](x) if level.upsamplers and j == len(level.resnets) - 1 else x
+
+        def inside(x: Tensor, i: int) -> Tensor:
+            if i == len(down):
+                return self._layer(self.mid_block, 1, self._layer(self.mid_block, 0, x, emb, cond), emb, cond)
+            return around(self._layer(*down[i], x, emb, cond), i + 1)
+
+        return self.conv_out(_silu(self.conv_norm_out(around(self.conv_in(x), 0))))
 
     def _layer(self, level: Level, j: int, x: Tensor, emb: Tensor, cond: Cond) -> Tensor:
+        if j == len(level.resnets):
+            return level.downsamplers[0](x)
         x = self.run_block(level.resnets[j], x, emb)
         if j < len(level.attentions):
             x = self.run_block(level.attentions[j], x, cond.tokens, cond.bias)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from ldm.models.base import acts
 from ldm.models.new_tokens import GrownEmbedding
+from ldm.reuse import forget
 
 from .files import Component, Layer
 from .targets import (
@@ -267,6 +268,7 @@ def _activate(module: nn.Module, name: str, weight: float, trainable: bool) -> N
 
 
 def _apply(module: nn.Module) -> None:
+    forget()  # a callback may do this while pictures are drawn
     weights = active_adapters(module)
     for _, layer in lora_layers(module):
         trains = [(p, p.requires_grad) for p in layer.parameters()]
@@ -295,6 +297,7 @@ def fuse(module: nn.Module, names: Sequence[str] | None = None, *, scale: float 
     if set(names) != set(active):
         act = ", ".join(active) or "none"
         raise ValueError(f"fuse of {', '.join(names)}: active are {act}; say which by their weights first")
+    forget()
     wrapped = [(live, layer, [n for n in active if n in layer.lora_A]) for live, layer in lora_layers(module)]
     for live, layer, here in wrapped:
         if is_quantized(layer.get_base_layer()):
@@ -332,6 +335,7 @@ def unload(module: nn.Module, *, keep_fused: bool = False) -> None:
     """
     if not hasattr(module, "lora_state"):
         return
+    forget()
     kept = keep_fused and _is_fused(module)
     if not kept:
         unfuse(module)

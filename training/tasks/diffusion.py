@@ -238,6 +238,7 @@ class DiffusionTask:
         prompts = list(how.prompts) or first_distinct(self.captions, 16)
         generators = [torch.Generator().manual_seed(how.seed + i) for i in range(len(prompts))]
         call: Any = dict(steps=how.num_inference_steps, guidance_scale=how.guidance_scale, generator=generators)
+        call |= {"long_prompt": "chunk"} if self.config.data.long_captions == "chunk" else {}
         with self._at_rest():
             if self.conditioner is None:
                 pictures = generate(self.parts, prompts, **call)

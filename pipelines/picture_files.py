@@ -1,0 +1,198 @@
+"""The settings of a picture in its PNG, so that it can be drawn again: JSON under the key ``ldm``, and under
+``parameters`` the lines that A1111's web UI and the like show.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, BinaryIO
+
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+KEY, LINES = "ldm", "parameters"
+LONGEST = 1 << 20  # bytes of a text chunk; a page of prompt is 4 kB
+SIGNATURE = b"\x89PNG\r\n\x1a\n"
+TEXT = (b"tEXt", b"zTXt", b"iTXt")
+WHOLE = 1 << 26  # bytes of a file that is hashed as a whole; of a larger one PLACES blocks of 64 kB
+PLACES, BLOCK = 64, 1 << 16
+
+Number = Annotated[float, Field(allow_inf_nan=False)]
+Positive = Annotated[int, Field(ge=1)]
+Name = Annotated[str, Field(min_length=1)]
+
+
+class Settings(BaseModel):
+    """What is known in ``ldm``, and of which type; the keywords of a pipeline's call have their names. Others may be
+    there (a later version's), and are given back as they are."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+
+    model: Name | None = None  # pipeline folder, or a name on the hub
+    prompt: str | None = None
+    negative_prompt: str | None = None
+    seed: Annotated[int, Field(ge=0, lt=2**64)] | None = None  # of the first of ``pictures``
+    pictures: Positive | None = None  # drawn together, with seeds that follow one another
+    index: Annotated[int, Field(ge=0)] | None = None  # which of them this is; None where all are on one sheet
+    num_inference_steps: Positive | None = None
+    guidance_scale: Number | None = None
+    guidance_rescale: Number | None = None
+    guidance: str | list[str | dict[str, str | Number]] | None = None
+    sampler: str | None = None
+    height: Positive | None = None
+    width: Positive | None = None
+    long_prompt: str | None = None
+    weighting: bool | None = None
+    image: Name | None = None
+    mask: Name | None = None
+    strength: Number | None = None
+    mode: str | None = None  # the page's word for what of these there is
+    loras: dict[str, Number] | None = None  # file, folder or run -> weight
+    embeddings: list[Name] | None = None  # files of new tokens
+    digests: dict[str, str] | None = None  # of the model (its key is "model") and of all files that are named here
+    versions: dict[str, str] | None = None  # of what drew
+
+
+def save_png(picture: Image.Image, path: str | Path, settings: Mapping[str, Any]) -> None:
+    """Write a PNG with the settings that are not None.
+
+    Raises:
+        ValueError: a setting of another type than ``Settings`` has, or that JSON cannot write.
+    """
+    names = sorted(settings, key=[*Settings.model_fields, *settings].index)  # the same settings are the same bytes
+    given = {name: settings[name] for name in names if settings[name] is not None}
+    _checked(given, f"{path}: settings")
+    try:
+        written = json.dumps(given, allow_nan=False)  # all of it ASCII
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: settings that JSON cannot write ({error})") from error
+    info = PngInfo()
+    info.add_text(KEY, written)
+    info.add_text(LINES, lines(given).replace("\0", "").encode("utf-8", "replace").decode())
+    picture.save(path, "PNG", pnginfo=info)
+
+
+def read_settings(path: str | Path) -> dict[str, Any]:
+    """What ``save_png`` wrote. Nothing but the text before the picture is read, and none of it is run.
+
+    Raises:
+        ValueError: no PNG, no settings in it, more text than settings have, no JSON, or a value of another type.
+    """
+    path = Path(path).expanduser()
+    if not path.is_file():
+        raise ValueError(f"{path}: no such picture file")
+    try:
+        with path.open("rb") as file:
+            for kind, length in _chunks(file):
+                if kind in TEXT and length > LONGEST:
+                    raise ValueError(f"holds a text of {length:,} bytes; settings have at most {LONGEST:,}")
+        with Image.open(path, formats=["PNG"]) as picture:
+            found = picture.info.get(KEY)
+    except (OSError, ValueError, SyntaxError, struct.error, Image.DecompressionBombError) as error:
+        raise ValueError(f"{path}: no settings can be read from it: {error}") from error
+    if not isinstance(found, str):
+        raise ValueError(
+            f"{path}: there are no settings in it; `ldm sample` and `ldm app` write them into each PNG, but what edits "
+            "or sends pictures often drops them"
+        )
+    try:
+        given = json.loads(found)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: its settings are damaged, they are not JSON ({str(error)[:100]})") from error
+    if not isinstance(given, dict):
+        raise ValueError(f"{path}: its settings are damaged: {_short(given)}, expected a JSON object")
+    return {name: value for name, value in _checked(given, f"{path}: its settings").items() if value is not None}
+
+
+def lines(settings: Mapping[str, Any]) -> str:
+    """As A1111's web UI writes and shows them."""
+    scale, sampler = settings.get("guidance_scale"), settings.get("sampler")
+    size = None if settings.get("width") is None else f"{settings['width']}x{settings.get('height')}"
+    model = settings.get("model")
+    told = {
+        "Steps": settings.get("num_inference_steps"),
+        "Sampler": sampler,
+        "CFG scale": scale,
+        "Seed": None if settings.get("seed") is None else settings["seed"] + settings.get("index", 0),
+        "Size": size,
+        "Model hash": (settings.get("digests") or {}).get("model", "")[:10] or None,
+        "Model": None if model is None else Path(model).name,
+        "Denoising strength": settings.get("strength"),
+        "Lora": " ".join(f"{Path(name).stem}:{weight:g}" for name, weight in (settings.get("loras") or {}).items()),
+        "Version": (settings.get("versions") or {}).get("ldm"),
+    }
+    first = [str(settings.get("prompt", ""))]
+    if settings.get("negative_prompt"):
+        first.append(f"Negative prompt: {settings['negative_prompt']}")
+    return "\n".join([*first, ", ".join(f"{name}: {value}" for name, value in told.items() if value not in (None, ""))])
+
+
+def digest(path: str | Path) -> str:
+    """SHA-256 by which a changed model, LoRA or picture is told: of a pipeline folder the parts that its
+    ``model_index.json`` names, of another folder its safetensors, their configs and tokenizers; their names in it too.
+    Of a file above 64 MiB the size and 64 blocks all over it count: no training leaves those as they are.
+
+    Raises:
+        ValueError: no such file or folder, or nothing in it.
+    """
+    path = Path(path).expanduser()
+    if path.is_file():
+        files = [path]
+    elif path.is_dir():
+        kinds = (".safetensors", ".json", ".txt", ".model")
+        index = path / "model_index.json"
+        try:
+            places = [path / name for name in json.loads(index.read_bytes())] if index.is_file() else [path]
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{index}: not JSON that names parts ({error})") from error
+        files = [x for place in places if place.is_dir() for x in sorted(place.rglob("*")) if x.suffix in kinds]
+        files = [index, *files] if index.is_file() else files
+    else:
+        raise ValueError(f"{path}: no such file or folder")
+    if not files:
+        raise ValueError(f"{path}: there are no safetensors and configs in this folder")
+    found = hashlib.sha256()
+    for file in files:
+        size = file.stat().st_size
+        if path.is_dir():
+            found.update(f"{file.relative_to(path).as_posix()}\0{size}\0".encode("utf-8", "surrogateescape"))
+        with file.open("rb") as opened:
+            if size <= WHOLE:
+                found.update(opened.read())
+                continue
+            found.update(str(size).encode())
+            for i in range(PLACES):
+                opened.seek(i * (size - BLOCK) // (PLACES - 1))
+                found.update(opened.read(BLOCK))
+    return found.hexdigest()
+
+
+def _chunks(file: BinaryIO) -> Iterator[tuple[bytes, int]]:
+    """Type and length of each of a PNG's chunks before the picture. Raises ValueError where it is none."""
+    if file.read(len(SIGNATURE)) != SIGNATURE:
+        raise ValueError("it is no PNG")
+    while len(head := file.read(8)) == 8:
+        length, kind = struct.unpack(">I4s", head)
+        yield kind, length
+        if kind == b"IDAT":
+            return
+        file.seek(length + 4, 1)
+
+
+def _checked(given: Mapping[str, Any], what: str) -> dict[str, Any]:
+    try:
+        return Settings.model_validate(dict(given)).model_dump(exclude_unset=True)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(x) for x in first["loc"])
+        raise ValueError(f"{what}: {place} is {_short(first['input'])}: {first['msg']}") from error
+
+
+def _short(value: Any) -> str:
+    told = repr(value)
+    return told if len(told) <= 60 else told[:60] + "…"

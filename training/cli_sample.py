@@ -1,0 +1,327 @@
+"""`ldm sample`: draw pictures from a prompt, or again what a picture's settings say."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from itertools import count
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .says import say
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+log = logging.getLogger(__name__)
+
+DEFAULTS: dict[str, Any] = {"pictures": 1, "seed": 0, "num_inference_steps": 20, "guidance_scale": 3.0}
+CALL = (  # settings that are keywords of a pipeline's call, by their names
+    "prompt", "negative_prompt", "num_inference_steps", "guidance_scale", "guidance_rescale", "guidance", "sampler",
+    "long_prompt", "weighting", "strength",
+)  # fmt: skip
+LONG_PROMPTS = ("cut", "chunk", "refuse")
+
+
+def sample(
+    folder: Annotated[str | None, typer.Argument(help="Pipeline folder, or a hub name.")] = None,
+    prompt: Annotated[str | None, typer.Argument(help="What to draw.")] = None,
+    n: Annotated[int | None, typer.Option("-n", min=1, help="How many pictures; by default 1.")] = None,
+    seed: Annotated[
+        int | None, typer.Option(min=0, help="Of the first picture, by default 0; the next has the next.")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="num_inference_steps, by default 20")] = None,
+    guidance: Annotated[float | None, typer.Option(min=0, help="guidance_scale, by default 3")] = None,
+    guide: Annotated[
+        list[str] | None,
+        typer.Option(help="Kind of guidance, as NAME or NAME:KEY=NUMBER,… (apg:eta=0.5); repeat the option."),
+    ] = None,
+    guidance_rescale: Annotated[float | None, typer.Option(min=0, max=1, help="guidance_rescale")] = None,
+    negative: Annotated[str | None, typer.Option(help="negative_prompt")] = None,
+    sampler: Annotated[
+        str | None, typer.Option(help="By default the one that the folder's scheduler stands for.")
+    ] = None,
+    height: Annotated[int | None, typer.Option(min=1, help="In pixels; by default the model's own.")] = None,
+    width: Annotated[int | None, typer.Option(min=1, help="In pixels; by default the model's own.")] = None,
+    long_prompt: Annotated[
+        str | None, typer.Option(help="Of one longer than the model reads: cut (the default), chunk or refuse.")
+    ] = None,
+    weighting: Annotated[
+        bool | None,
+        typer.Option("--weighting/--no-weighting", help="Read (word:1.3) as a word that counts 1.3; by default not."),
+    ] = None,
+    image: Annotated[Path | None, typer.Option(help="Picture to start from.")] = None,
+    mask: Annotated[Path | None, typer.Option(help="White where --image is drawn anew.")] = None,
+    strength: Annotated[float | None, typer.Option(min=0, max=1, help="How far to leave --image.")] = None,
+    lora: Annotated[
+        list[str] | None, typer.Option(help="LoRA file, folder or run, as PATH or PATH:WEIGHT; repeat the option.")
+    ] = None,
+    embedding: Annotated[list[Path] | None, typer.Option(help="File of new tokens; repeat the option.")] = None,
+    again: Annotated[
+        Path | None, typer.Option("--from", help="PNG whose settings are taken; other options come before them.")
+    ] = None,
+    out: Annotated[
+        Path, typer.Option("-o", "--out", help="One picture, a grid of several, or a folder for each as its own.")
+    ] = Path("out.png"),
+) -> None:
+    """Draw pictures from a prompt. PNGs hold the settings, by which --from draws them again."""
+    say()
+    _check_out(out)
+    given: dict[str, Any] = {
+        "model": folder, "prompt": prompt, "pictures": n, "seed": seed, "num_inference_steps": steps,
+        "guidance_scale": guidance, "guidance_rescale": guidance_rescale, "negative_prompt": negative,
+        "guidance": [_kind(one) for one in guide] if guide else None, "sampler": sampler,
+        "height": height, "width": width, "long_prompt": long_prompt, "weighting": weighting,
+        "image": None if image is None else str(image), "mask": None if mask is None else str(mask),
+        "strength": strength, "loras": dict(_lora(one) for one in lora) if lora else None,
+        "embeddings": [str(file) for file in embedding] if embedding else None,
+    }  # fmt: skip
+    given = {key: value for key, value in given.items() if value is not None}
+    settings = DEFAULTS | (given if again is None else _taken_up(again, given))
+    _check(settings)
+    for key in ("image", "mask"):
+        if key in settings and out.resolve() == Path(settings[key]).resolve():
+            raise ValueError(f"{out}: is --{key}, and would be written over; give another --out")
+    for path in draw(settings, out):
+        print(path)
+
+
+def _check_out(out: Path) -> None:
+    from PIL import Image
+
+    if out.is_dir() or not out.suffix:
+        return
+    if Image.registered_extensions().get(out.suffix.lower()) not in Image.SAVE:
+        raise ValueError(f"{out}: expected the name of a picture file, for example {out.with_suffix('.png')}")
+
+
+def _check(settings: Mapping[str, Any]) -> None:
+    """What can be said before anything is opened."""
+    for key, name in (("model", "FOLDER"), ("prompt", "PROMPT")):
+        if key not in settings:
+            raise ValueError(f"sample: {name} is missing; give a pipeline folder and a prompt, or --from a PNG")
+    if settings.get("long_prompt", "cut") not in LONG_PROMPTS:
+        raise ValueError(f"--long-prompt {settings['long_prompt']}: expected {', '.join(LONG_PROMPTS)}")
+    for key in ("mask", "strength"):
+        if key in settings and "image" not in settings:
+            raise ValueError(f"--{key} goes with --image, the picture to start from, which is missing")
+    for key in ("image", "mask"):
+        if key in settings and not _there(settings[key]):
+            raise ValueError(f"--{key} {settings[key]}: no such picture file")
+    if settings["seed"] + settings["pictures"] > 2**64:
+        raise ValueError(f"--seed {settings['seed']}: expected less than 2^64")
+
+
+def _kind(told: str) -> str | dict[str, Any]:
+    """``apg:eta=0.5,norm_threshold=2`` as ``guiding.guide`` takes it."""
+    name, colon, options = told.partition(":")
+    found: dict[str, Any] = {"name": name}
+    for one in options.split(",") if colon else []:
+        key, equals, value = one.partition("=")
+        if not equals or not key.strip():
+            raise ValueError(f"--guide {told}: expected NAME or NAME:KEY=NUMBER,KEY=NUMBER, got {one!r}")
+        try:
+            found[key.strip()] = float(value)
+        except ValueError:
+            found[key.strip()] = value.strip()  # of autoguidance: weak=FOLDER
+    return found if colon else name
+
+
+def _lora(told: str) -> tuple[str, float]:
+    place, _, weight = told.rpartition(":") if not Path(told).exists() else (told, "", "1")
+    try:
+        return place, float(weight)
+    except ValueError as error:
+        raise ValueError(f"--lora {told}: no such file or folder (with a weight it is PATH:WEIGHT)") from error
+
+
+# --- again -----------------------------------------------------------------------------------------------------------
+
+
+def _taken_up(picture: Path, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The picture's settings with what is given in their place.
+
+    Raises:
+        ValueError: there are none, or they need a file that is not here or is another one than it was.
+    """
+    from pipelines.picture_files import Settings, read_settings
+
+    found = read_settings(picture)
+    digests, versions = found.pop("digests", {}), found.pop("versions", {})
+    found.pop("mode", None)
+    for key in [key for key in found if key not in Settings.model_fields]:
+        log.warning("%s: its setting %s is not known here, and not taken up: %.100r", picture, key, found.pop(key))
+    if "index" in found and ("pictures" in given or "seed" in given):  # another one, and no longer one of a batch
+        found["seed"] = found.get("seed", 0) + found.pop("index")
+        found["pictures"] = 1
+    if "model" in found and "model" not in given and not _there(found["model"]):
+        raise ValueError(
+            f"{picture}: was drawn by {found['model']:.200}, which is no folder here; give the pipeline's folder, or "
+            "its name on the hub: a picture's word alone fetches nothing"
+        )
+    settings = found | dict(given)
+    if "image" in given and "mask" not in given:
+        settings.pop("mask", None)
+    _check_digests(picture, digests, settings, given)
+    for name, version in _versions().items():
+        if versions.get(name, version) != version:
+            log.warning("%s: was drawn with %s %s, this is %s: it may differ in a few shades", picture, name,
+                        versions[name], version)  # fmt: skip
+    return settings
+
+
+def _files(settings: Mapping[str, Any]) -> dict[str, str]:
+    """All that a picture is drawn from, by the name under which its digest is kept."""
+    named = [*settings.get("loras", {}), *settings.get("embeddings", [])]
+    named += [settings[key] for key in ("image", "mask") if key in settings]
+    kinds = settings.get("guidance", [])
+    named += [one["weak"] for one in kinds if isinstance(one, dict) and isinstance(one.get("weak"), str)]
+    model = {"model": settings["model"]} if "model" in settings else {}
+    return model | {file: file for file in named}
+
+
+def _there(file: str) -> bool:
+    try:
+        return Path(file).expanduser().exists()
+    except (OSError, RuntimeError):  # no name that a file could have
+        return False
+
+
+def _check_digests(
+    picture: Path, digests: Mapping[str, str], settings: Mapping[str, Any], given: Mapping[str, Any]
+) -> None:
+    """What the picture names has to be what it was; what is given instead is the user's own choice."""
+    from pipelines.picture_files import digest
+
+    for name, file in _files(settings).items():
+        chosen = name in _files(given)
+        if not _there(file):
+            if not chosen:
+                raise ValueError(f"{picture}: was drawn with {file:.200}, which is not here; give what takes its place")
+        elif name in digests and digest(file) != digests[name]:
+            if not chosen:
+                raise ValueError(
+                    f"{picture}: was drawn with {file} as it no longer is: its files have changed; name it on the "
+                    "command line to draw with what it is now"
+                )
+            log.warning("%s: was drawn with other files than those of %s", picture, file)
+
+
+def _versions() -> dict[str, str]:
+    from importlib import metadata
+
+    return {"ldm": metadata.version("latent-t2i"), "torch": metadata.version("torch")}
+
+
+# --- drawing ---------------------------------------------------------------------------------------------------------
+
+
+def draw(settings: Mapping[str, Any], out: Path) -> list[Path]:
+    """Draw as the settings say, and write a file, or several into a folder; returns their names.
+
+    The pictures are drawn as one batch, picture i from the seed + i alone. The rounding of a network's products depends
+    on the batch, so that a picture drawn by itself may differ by one of 255 shades; ``index`` of ``pictures`` in its
+    settings gives each, bit for bit, out of its batch.
+
+    Raises:
+        ValueError: naming what does not open, and what the pipelines refuse.
+    """
+    import torch
+
+    from ldm.sampling import SAMPLERS
+    from pipelines.guiding import listed
+    from pipelines.picture_files import digest
+
+    from .evaluate.grids import picture_grid, to_pil
+
+    if settings.get("sampler") is not None and settings["sampler"] not in SAMPLERS:
+        raise ValueError(f"sampler {settings['sampler']!r} is not one of {', '.join(SAMPLERS)}")
+    listed(settings.get("guidance", "classifier_free"))
+    pipe, more = _opened(settings)
+    loras = {f"lora_{i}": one for i, one in enumerate(settings.get("loras", {}).items())}
+    for name, (place, _) in loras.items():
+        pipe.load_lora_weights(place, name)
+    if loras:
+        pipe.set_adapters(list(loras), [weight for _, weight in loras.values()])
+    for file in settings.get("embeddings", []):
+        pipe.load_textual_inversion(file)
+    pipe.to("cuda" if torch.cuda.is_available() else "cpu")
+    n, seed, index = settings["pictures"], settings["seed"], settings.get("index")
+    if index is not None and index >= n:
+        raise ValueError(f"index is {index} of {n} pictures; expected less")
+    call = {key: settings[key] for key in CALL if key in settings}
+    (pictures,) = pipe(
+        **call | more | {"prompt": [settings["prompt"]] * n},
+        generator=[torch.Generator().manual_seed(seed + i) for i in range(n)],
+        output_type="pt",
+        return_dict=False,
+    )
+    drawn = to_pil(torch.as_tensor(pictures).cpu())
+    files = {name: file for name, file in _files(settings).items() if _there(file)}
+    told = {
+        **settings,
+        "sampler": settings.get("sampler", pipe.schedule.sampler),
+        "height": drawn[0].height,
+        "width": drawn[0].width,
+        "digests": {name: digest(file) for name, file in files.items()},
+        "versions": _versions(),
+    }
+    if out.is_dir() or not out.suffix:
+        out.mkdir(parents=True, exist_ok=True)
+        each = range(n) if index is None else [index]
+        return [_save(drawn[i], _free(out, seed + i), told | ({"index": i} if n > 1 else {})) for i in each]
+    out.parent.mkdir(parents=True, exist_ok=True)
+    if n == 1 or index is not None:
+        return [_save(drawn[index or 0], out, told)]
+    return [_save(picture_grid(drawn, cell=drawn[0].width), out, told)]
+
+
+def _opened(settings: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The pipeline for what is given, and what of it the call takes."""
+    model, more = settings["model"], {key: settings[key] for key in ("height", "width") if key in settings}
+    if "image" not in settings:
+        from pipelines.text_to_image import TextToImagePipeline
+
+        return TextToImagePipeline.from_pretrained(model), more
+    more["image"] = _picture(settings["image"], "RGB")
+    if "mask" not in settings:
+        from pipelines.image_to_image import ImageToImagePipeline
+
+        return ImageToImagePipeline.from_pretrained(model), more
+    from pipelines.inpaint import InpaintPipeline
+
+    more["mask_image"] = _picture(settings["mask"], "L")
+    if more["mask_image"].size != more["image"].size:
+        raise ValueError(
+            f"--mask {settings['mask']} is of {more['mask_image'].size}, --image {settings['image']} of "
+            f"{more['image'].size}: they must be of one size"
+        )
+    return InpaintPipeline.from_pretrained(model), more
+
+
+def _picture(file: str, mode: str) -> Image:
+    from PIL import Image, ImageOps
+
+    try:
+        with Image.open(file) as opened:
+            return ImageOps.exif_transpose(opened).convert(mode)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{file}: does not open as a picture ({error})") from error
+
+
+def _save(picture: Image, path: Path, settings: Mapping[str, Any]) -> Path:
+    from pipelines.picture_files import save_png
+
+    if path.suffix.lower() == ".png":
+        save_png(picture, path, settings)
+    else:
+        picture.save(path)  # in which there is no place for settings that all tools leave alone
+    return path
+
+
+def _free(folder: Path, seed: int) -> Path:
+    """A name that nothing has yet."""
+    names = (folder / f"{seed}{f'-{i}' if i > 1 else ''}.png" for i in count(1))
+    return next(name for name in names if not name.exists())
