@@ -7,9 +7,10 @@ would be praised by it whatever it drew.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+import json
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -126,18 +127,82 @@ def _weights_path() -> Path:
     return path
 
 
-FEATURES: dict[str, Callable[[], nn.Module]] = {"mobilenetv2": mobilenetv2}
+class ClipPictures(nn.Module):
+    """The picture tower of the CLIP in ``folder`` (a CLIPModel, as ``save_pretrained`` writes it).
+
+    ``forward(pictures)``: (B, 3, H, W), uint8 in 0..255 or float in [0, 1] -> (B, D) projected embeddings, not
+    normalized. Pictures are squeezed into CLIP's square by bicubic interpolation with antialiasing.
+    """
+
+    def __init__(self, folder: str | Path):
+        super().__init__()
+        from transformers import CLIPModel
+
+        folder = Path(folder)
+        if not (folder / "config.json").is_file():
+            raise ValueError(f"{folder}: no config.json there, expected a folder with a CLIPModel and its tokenizer")
+        kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
+        if kind != "clip":
+            raise ValueError(f"{folder}: its config.json is of the model type {kind!r}, expected a CLIPModel's, 'clip'")
+        self.model: Any = CLIPModel.from_pretrained(str(folder), use_safetensors=True)
+        self.size: int = self.model.config.vision_config.image_size
+        settings: dict[str, Any] = {}
+        if (folder / "preprocessor_config.json").is_file():
+            settings = json.loads((folder / "preprocessor_config.json").read_text(encoding="utf-8"))
+        # where no file says otherwise: the values of OpenAI's CLIP, which CLIPImageProcessor defaults to
+        mean, std = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+        for name, default in (("mean", mean), ("std", std)):
+            value = torch.tensor(settings.get(f"image_{name}", default)).view(1, 3, 1, 1)
+            self.register_buffer(name, value, persistent=False)
+
+    def pixels(self, pictures: Tensor) -> Tensor:
+        """(B, 3, H, W) -> what the tower is shown, (B, 3, size, size)."""
+        x = to_unit(pictures)
+        x = F.interpolate(x, (self.size, self.size), mode="bicubic", align_corners=False, antialias=True)
+        return (x.clamp(0, 1) - self.get_buffer("mean")) / self.get_buffer("std")  # bicubic overshoots
+
+    def forward(self, pictures: Tensor) -> Tensor:
+        return self.model.visual_projection(self.model.vision_model(self.pixels(pictures)).pooler_output)
 
 
-def load_features(name: str = "mobilenetv2") -> nn.Module:
+def inception(file: str | Path, allow_pickle: bool = False) -> nn.Module:
+    """The network of FID with the weights of a file. Raises ValueError where it holds others, or is a pickle."""
+    from pipelines.convert_files import open_checkpoint
+
+    from .inception import Inception
+
+    source = open_checkpoint(Path(file).expanduser(), allow_pickle)
+    return Inception.from_weights({name: source.read(name) for name in source.like}, str(file))
+
+
+KINDS = "mobilenetv2, inception:FILE, clip:FOLDER"
+
+
+def load_features(name: str = "mobilenetv2", *, allow_pickle: bool = False) -> nn.Module:
     """A frozen network in evaluation mode: pictures (B, 3, H, W), uint8 or float in [0, 1] -> features (B, F).
 
+    Args:
+        name: ``mobilenetv2`` (ImageNet; its weights lie in a package of the extra ``demo``); ``inception:FILE`` (what
+            FID is defined by, with the weights of pytorch-fid or torch-fidelity); ``clip:FOLDER``.
+        allow_pickle: FILE may be a pickle, of which the tensors are read and nothing is run.
     Raises:
-        ValueError: no such name, or the package with the weights is missing or holds other weights.
+        ValueError: no such name, the weights are missing or are others.
     """
-    if name not in FEATURES:
-        raise ValueError(f"features: {name!r} is not known, expected one of {', '.join(FEATURES)}")
-    return FEATURES[name]().eval().requires_grad_(False)
+    kind, _, place = name.partition(":")
+    if name == "mobilenetv2":
+        net: nn.Module = mobilenetv2()
+    elif kind == "inception" and place:
+        net = inception(place, allow_pickle)
+    elif kind == "clip" and place:
+        net = ClipPictures(place)
+    else:
+        raise ValueError(f"features: {name!r} is not known, expected one of {KINDS}")
+    return net.eval().requires_grad_(False)
+
+
+def label(name: str) -> str:
+    """What a measure's name says of the network: a file's place does not matter to Inception, which has one set."""
+    return "inception" if name.startswith("inception:") else name
 
 
 @torch.no_grad()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .features import to_unit
+from .features import ClipPictures, to_unit
 
 
 def psnr(pictures: Tensor, originals: Tensor) -> Tensor:
@@ -129,22 +128,11 @@ class ClipScore:
     """
 
     def __init__(self, folder: str | Path, device: str | torch.device = "cpu"):
-        from transformers import CLIPModel, CLIPTokenizer
+        from transformers import CLIPTokenizer
 
-        folder = Path(folder)
-        if not (folder / "config.json").is_file():
-            raise ValueError(f"{folder}: no config.json there, expected a folder with a CLIPModel and its tokenizer")
-        model: Any = CLIPModel.from_pretrained(str(folder))
-        self.model: Any = model.to(device).eval()
+        self.eye = ClipPictures(folder).to(device).eval()
         self.tokenizer: Any = CLIPTokenizer.from_pretrained(str(folder))
-        self.size: int = model.config.vision_config.image_size
-        self.max_length: int = model.config.text_config.max_position_embeddings
-        settings: dict[str, Any] = {}
-        if (folder / "preprocessor_config.json").is_file():
-            settings = json.loads((folder / "preprocessor_config.json").read_text(encoding="utf-8"))
-        # where no file says otherwise: the values of OpenAI's CLIP, which CLIPImageProcessor defaults to
-        self.mean = torch.tensor(settings.get("image_mean", (0.48145466, 0.4578275, 0.40821073))).view(1, 3, 1, 1)
-        self.std = torch.tensor(settings.get("image_std", (0.26862954, 0.26130258, 0.27577711))).view(1, 3, 1, 1)
+        self.max_length: int = self.eye.model.config.text_config.max_position_embeddings
 
     @torch.no_grad()
     def __call__(self, pictures: Tensor, prompts: list[str], batch_size: int = 32) -> Tensor:
@@ -153,9 +141,6 @@ class ClipScore:
             raise ValueError(f"{len(pictures)} pictures for {len(prompts)} prompts: expected one each")
         scores = []
         for start in range(0, len(prompts), batch_size):
-            x = to_unit(pictures[start : start + batch_size].cpu())
-            x = F.interpolate(x, (self.size, self.size), mode="bicubic", align_corners=False, antialias=True)
-            x = (x.clamp(0, 1) - self.mean) / self.std  # bicubic overshoots
             tokens = self.tokenizer(
                 prompts[start : start + batch_size],
                 padding=True,
@@ -163,8 +148,9 @@ class ClipScore:
                 max_length=self.max_length,
                 return_tensors="pt",
             )
-            device = self.model.device
-            seen = self.model(pixel_values=x.to(device), **tokens.to(device))
+            device = self.eye.model.device
+            x = self.eye.pixels(pictures[start : start + batch_size].to(device))
+            seen = self.eye.model(pixel_values=x, **tokens.to(device))
             scores.append(cosine_score(seen.image_embeds, seen.text_embeds).float().cpu())
         return torch.cat(scores)
 

@@ -36,6 +36,7 @@ figure { margin: 0 0 1rem } figcaption, .soft { color: var(--soft); font-size: .
 table { border-collapse: collapse; font-size: .9rem } td, th { padding: .2rem .9rem .2rem 0; text-align: left;
   border-bottom: 1px solid var(--edge); vertical-align: top; font-variant-numeric: tabular-nums }
 th { font-weight: 500; color: var(--soft) }
+.number { white-space: nowrap } .curves { margin-top: 1rem }
 pre { background: var(--panel); padding: .8rem; border-radius: 6px; overflow-x: auto; font-size: .8rem }
 summary { cursor: pointer }
 """
@@ -50,6 +51,7 @@ def write_report(
     data: Mapping[str, Any] | None = None,
     pictures: Mapping[str, str | Path] | None = None,
     attribution: str | None = None,
+    sections: Sequence[str] = (),
 ) -> Path:
     """Write ``RUN/report.html``, or one report of several runs to ``out``; replaces the file at once, never half.
 
@@ -63,6 +65,7 @@ def write_report(
         data: what the data are: number of pictures, split, source.
         pictures: heading -> PNG file, shown at the top.
         attribution: licence text of the data.
+        sections: HTML that stands above all of it.
     Returns:
         the path of the written file.
     Raises:
@@ -72,7 +75,7 @@ def write_report(
     if out is None and len(folders) != 1:
         raise ValueError(f"write_report: {len(folders)} runs need `out`, the file to write")
     path = Path(out) if out is not None else folders[0] / "report.html"
-    body = [f"<h1>{html.escape(title)}</h1>"]
+    body = [f"<h1>{html.escape(title)}</h1>", *sections]
     if metrics:
         body += ["<h2>Results</h2>", _table(_flat(metrics))]
     for heading, file in (pictures or {}).items():

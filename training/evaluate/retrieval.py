@@ -178,7 +178,7 @@ def evaluate_retrieval(
         "guidance_scale": guidance_scale,
         "seed": seed,
         "pipeline": str(pipeline_folder),
-        "weights": _weights_hash(Path(pipeline_folder)),
+        "weights": weights_of(Path(pipeline_folder)),
         "data": str(data_path),
         "pictures": rows.fingerprint,
     }
@@ -218,7 +218,7 @@ def evaluate_retrieval(
     return summary
 
 
-def _weights_hash(folder: Path) -> str:
+def weights_of(folder: Path) -> str:
     """SHA-256 over the files that decide a pipeline's pictures."""
     digest = hashlib.sha256()
     for file in sorted(x for x in folder.rglob("*") if x.suffix in (".safetensors", ".json")):
