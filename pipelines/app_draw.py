@@ -109,7 +109,7 @@ class Studio:
                 if stop.is_set():
                     pipe._interrupt = True
                 if time.monotonic() - shown > PREVIEW_EVERY:
-                    picture, shown = self._thumbnails(tensors["latents"]), time.monotonic()
+                    picture, shown = self._thumbnails(tensors["denoised"]), time.monotonic()
                 said.put(Step(i + 1, pipe.num_timesteps, picture))
                 return {}
 
@@ -124,6 +124,7 @@ class Studio:
                 long_prompt=LONG_PROMPT,
                 generator=[torch.Generator().manual_seed(seed) for seed in seeds],
                 callback_on_step_end=on_step,
+                callback_on_step_end_tensor_inputs=["denoised"],
                 **extra,
             ).images
             if not stop.is_set():

@@ -30,6 +30,7 @@ from .schedulers import Schedule
 from .stock import from_stock_pipeline
 
 OUTPUTS = ("pil", "np", "pt", "latent")
+SHOWN_AT_STEPS = ("latents", "denoised")  # to a callback; what the latents are taken for without their noise
 
 
 class Call(NamedTuple):
@@ -221,8 +222,10 @@ class LatentPipeline(LoraMixin, DiffusionPipeline):
         check_more(call.more, self.__call__.__annotations__)
         if call.output_type not in OUTPUTS:
             raise ValueError(f"output_type {call.output_type!r} is not one of {', '.join(OUTPUTS)}")
-        if (wanted := list(call.callback_on_step_end_tensor_inputs)) != ["latents"]:
-            raise ValueError(f"callback_on_step_end_tensor_inputs is {wanted}; only ['latents'] can be had")
+        wanted = list(call.callback_on_step_end_tensor_inputs)
+        if not {*wanted} <= {*SHOWN_AT_STEPS}:
+            known = " and ".join(SHOWN_AT_STEPS)
+            raise ValueError(f"callback_on_step_end_tensor_inputs is {wanted}; {known} can be had")
         each = call.num_images_per_prompt
         if each < 1:
             raise ValueError(f"num_images_per_prompt is {each}, expected 1 or more")
@@ -258,7 +261,9 @@ class LatentPipeline(LoraMixin, DiffusionPipeline):
                 bar.update()
                 if call.callback_on_step_end is not None:
                     time = self.schedule.time_input(t, self.schedule.path)
-                    x = (call.callback_on_step_end(self, i, time, {"latents": x}) or {}).get("latents", x)
+                    tensors = {"latents": x, "denoised": denoised.x0}
+                    tensors = {name: tensors[name] for name in wanted}
+                    x = (call.callback_on_step_end(self, i, time, tensors) or {}).get("latents", x)
                 if self._interrupt:
                     raise _Interrupted(x)
                 return x

@@ -64,6 +64,7 @@ class TextToImagePipeline(LatentPipeline):
             return_dict: an object with ``.images``; else the tuple ``(images,)``.
             guidance_rescale: 0 to 1, Lin et al. 2024.
             callback_on_step_end: called as ``f(pipe, step, timestep, {"latents": x})``; may return such a dict.
+            callback_on_step_end_tensor_inputs: what it is shown: ``latents``, ``denoised`` (the model's x0).
             more: rarer ones, see ``call.More``.
         Raises:
             ValueError, TypeError: naming the argument and what was expected.

@@ -213,6 +213,16 @@ def test_height_and_width_are_pixels():
     assert ours("mmdit")("zebra", height=8, width=16, **call).images.shape == (1, 3, 8, 16)
 
 
+def test_a_callback_may_see_what_the_latents_are_taken_for():
+    """After the last step, where no noise is left, the latents are it."""
+    seen: list[dict[str, torch.Tensor]] = []
+    call = dict(num_inference_steps=3, latents=noise(1), output_type="latent", sampler="ddim")
+    look = dict(callback_on_step_end_tensor_inputs=["latents", "denoised"])
+    ours("unet")("zebra", callback_on_step_end=lambda p, i, t, tensors: seen.append(tensors), **call, **look)
+    assert len(seen) == 3 and not torch.equal(seen[0]["latents"], seen[0]["denoised"])
+    torch.testing.assert_close(seen[-1]["latents"], seen[-1]["denoised"])
+
+
 def test_a_callback_sees_each_step_and_may_change_the_latents():
     pipe, seen = ours("unet"), []
 
@@ -347,7 +357,7 @@ def test_start_latents_are_stocks():
         (dict(negative_prompt_embeds=torch.zeros(1, 12, 5)), "negative_prompt_embeds"),
         (dict(guidance_rescale=2.0), "rescale is 2"),
         (dict(eta=0.5, sampler="euler"), "euler has no option 'eta'"),
-        (dict(callback_on_step_end_tensor_inputs=["prompt_embeds"]), "only"),
+        (dict(callback_on_step_end_tensor_inputs=["prompt_embeds"]), "latents and denoised can be had"),
     ],
 )
 def test_a_wrong_argument_is_named(wrong, message):
