@@ -22,6 +22,7 @@ from tests import adapting, shapes
 from training import config as reading
 from training import preflight
 from training.cli import main
+from training.evaluate import evaluation
 from training.schema import AdaptConfig, AutoencoderConfig, ClipConfig, DiffusionConfig
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -34,14 +35,16 @@ ELSEWHERE = {
     r"make demo$": "test_demo.py",
     r"make test(-slow|-browser)?$": "test_setup.py",
     r"(python3 -m venv|pip install|apt-get install) ": "test_setup.py",
-    r"torchrun |ACCELERATE_USE_CPU=true torchrun ": "test_processes_launch.py",
-    r"(ACCELERATE_USE_CPU=true )?accelerate launch ": "test_processes_launch.py",
+    r"([A-Z_]+=\w+ )*(torchrun|accelerate launch) .*deepspeed": "test_zero.py",
+    r"ACCELERATE_USE_DEEPSPEED=true ": "test_zero.py",
+    r"(ACCELERATE_USE_CPU=true )?(torchrun|accelerate launch) ": "test_processes_launch.py",
     r"python benchmarks/": "test_benchmarks.py",
     r"ldm app ": "test_app_browser.py",
 }
 # What a command is given beside what it says, to be short.
 SHORT = {
     "sample": ["--steps", "2"],
+    "train": ["--no-check"],
     "evaluate": ["--steps", "2", "--samples", "6"],
 }
 
@@ -73,9 +76,9 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("world")
     shutil.copytree(adapting.base("sd", root), root / "outputs/demo/pipeline")
     photos(root / "photos", 32)
-    concepts(root / "outputs/demo/data/concepts", "train")
-    for split in ("train", "test"):
-        concepts(root / "outputs/demo/data/style", split)
+    for data in ("concepts", "style"):
+        for split in ("train", "test"):
+            concepts(root / "outputs/demo/data" / data, split)
     tokens = {"new_tokens": [{"token": "<toy>"}], "data": {"instance_prompt": "a <toy>"}}
     run = adapting.trained("sd", root, "outputs/made", lora={"rank": 2}, **tokens)
     assert (run / "adapter").is_dir()
@@ -109,6 +112,7 @@ def place(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A copy of the world, as the working directory; configs are read as small ones."""
     root = tmp_path / "world"
     shutil.copytree(world, root)
+    monkeypatch.setattr(evaluation, "_cache", lambda: root / "features")
     parse = reading.parse
     monkeypatch.setattr(
         reading, "parse", lambda raw, where: parse(small(raw), where) if "train" in raw else parse(raw, where)
