@@ -8,12 +8,19 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
-from torchmetrics.image.fid import FrechetInceptionDistance
+from torchmetrics.image.kid import KernelInceptionDistance
 
+from pipelines.lora.live import active_adapters
 from tests.adapting import trained
 from training import styles
 from training.evaluate import adapted
-from training.evaluate.adapted import frechet, judge_style, judge_subject, mean_distance, read_gallery
+from training.evaluate.adapted import (
+    judge_style,
+    judge_subject,
+    kernel_distance,
+    mean_distance,
+    read_gallery,
+)
 from training.styles import style_pictures, subject_pictures
 
 
@@ -27,22 +34,8 @@ class Colours(nn.Module):
         return nn.functional.adaptive_avg_pool2d(x, 2).flatten(1)
 
 
-def test_the_frechet_distance_is_torchmetrics() -> None:
-    g = torch.Generator().manual_seed(0)
-    x, y = torch.rand(60, 3, 8, 8, generator=g), torch.rand(40, 3, 8, 8, generator=g) ** 2
-    metric = FrechetInceptionDistance(feature=Colours(), normalize=True, input_img_size=(3, 8, 8)).set_dtype(
-        torch.float64
-    )
-    metric.update((x * 255).byte(), real=True)
-    metric.update((y * 255).byte(), real=False)
-    judge = Colours()
-    ours = frechet(judge((x * 255).byte()), judge((y * 255).byte()))
-    assert ours == pytest.approx(metric.compute().item(), rel=1e-3)
-    assert frechet(x.flatten(1), x.flatten(1)) == pytest.approx(0, abs=1e-8)
-
-
-def test_the_frechet_distance_of_gaussians_is_the_closed_form() -> None:
-    """|m|² + Σ (a − b)² for diagonal covariances a², b²."""
+def test_the_distance_of_means_is_the_closed_form() -> None:
+    """|m|² less what is due to the samples being few, of diagonal covariances a², b²."""
     g = torch.Generator().manual_seed(0)
     a, b, m = torch.tensor([[1.0, 2.0, 0.5], [2.0, 2.0, 1.5], [1.0, 0.0, -2.0]], dtype=torch.float64)
 
@@ -53,10 +46,43 @@ def test_the_frechet_distance_of_gaussians_is_the_closed_form() -> None:
         return x @ torch.linalg.inv(torch.linalg.cholesky(x.T.cov()).T)
 
     x, y = sample(2000) * a, sample(500) * b + m
-    assert frechet(x, y) == pytest.approx(float(m.square().sum() + (a - b).square().sum()), rel=1e-9)
     assert mean_distance(x, y) == pytest.approx(
         float(m.square().sum() - a.square().sum() / 2000 - b.square().sum() / 500), rel=1e-9
     )
+
+
+def test_the_kernel_distance_is_torchmetrics() -> None:
+    g = torch.Generator().manual_seed(0)
+    x, y = torch.rand(40, 3, 8, 8, generator=g), torch.rand(40, 3, 8, 8, generator=g) ** 2
+    metric = KernelInceptionDistance(feature=Colours(), subsets=1, subset_size=40)
+    metric.update(x, real=True)
+    metric.update(y, real=False)
+    assert kernel_distance(Colours()(x), Colours()(y)) == pytest.approx(metric.compute()[0].item(), rel=1e-4)
+
+
+def test_the_kernel_distance_has_no_bias() -> None:
+    """Where both are discrete the true distance is a finite sum; and the mean of many small samples is that."""
+    g = torch.Generator().manual_seed(0)
+    points = torch.randn(5, 4, generator=g, dtype=torch.float64)
+    p, q = torch.tensor([[0.4, 0.3, 0.1, 0.1, 0.1], [0.1, 0.1, 0.2, 0.2, 0.4]], dtype=torch.float64)
+    truth = float((p - q) @ (points @ points.T / 4 + 1) ** 3 @ (p - q))
+
+    def distance(of: torch.Tensor, n: int = 6, m: int = 9) -> float:
+        x, y = (points[w.multinomial(k, replacement=True, generator=g)] for w, k in ((of, n), (q, m)))
+        return kernel_distance(x, y)
+
+    for weights, expected in ((p, truth), (q, 0), ((p + q) / 2, truth / 4)):  # p² of a mixture
+        many = torch.tensor([distance(weights) for _ in range(4000)])
+        assert abs(float(many.mean()) - expected) < 4 * float(many.std()) / 4000**0.5
+        assert expected == 0 or float(many.std()) / 4000**0.5 < 0.1 * truth
+
+
+def test_pairs_that_show_the_same_do_not_count() -> None:
+    """Equal sets are at 0 exactly, in any order; without the numbers the equal rows draw them together."""
+    x = torch.randn(12, 6, generator=torch.Generator().manual_seed(0))
+    shows, order = torch.arange(12), torch.randperm(12)
+    assert kernel_distance(x, x[order], shows, shows[order]) == pytest.approx(0, abs=1e-12)
+    assert kernel_distance(x, x[order]) < -1e-3
 
 
 @pytest.fixture(scope="module")
@@ -73,18 +99,63 @@ def few(monkeypatch) -> None:
     monkeypatch.setattr(adapted, "PER_PROMPT", 3)
 
 
-def test_a_style_is_judged(root: Path, few: None) -> None:
-    style_pictures(root / "style", size=16, count=4)
-    style_pictures(root / "known", size=16, count=9, source="poster")
-    run = trained("sd", root, "style_run", lora={"rank": 2})
+@pytest.fixture
+def style_run(root: Path, few: None) -> Path:
+    """Made once, by whichever test comes first."""
+    if not (root / "known").is_dir():
+        style_pictures(root / "style", size=16, count=4)
+        style_pictures(root / "known", size=16, count=9, source="poster")
+        trained("sd", root, "style_run", lora={"rank": 2})
+    return root / "style_run"
+
+
+def test_a_style_is_judged(root: Path, style_run: Path) -> None:
+    run = style_run
     found = judge_style(run, root / "style", root / "known", steps=2)
     assert json.loads((run / "judged/adapted.json").read_text()) == found
     assert found["prompts"] == 5 or found["prompts"] == 6
     assert found["before"] != found["after"]  # the LoRA draws otherwise
-    ratio = found["after"]["distance"] / found["before"]["distance"]
-    assert found["distance_ratio"] == pytest.approx(ratio)
-    assert found["learnt"] == (ratio <= 0.5 and found["concepts_change"] >= -0.1)
+    ratio = found["after"]["kernel"] / found["before"]["kernel"]
+    assert found["ratios"]["kernel"] == pytest.approx(ratio) and found["learnt"] == (ratio <= 0.5)
+    assert found["kept"] == (found["after"]["concepts"] >= found["before"]["concepts"] - 0.1)
+    assert set(found["style_itself"]) == set(found["ratios"]) == {"kernel", "frechet", "mean"}
     assert (run / "judged/adapted.png").is_file() and "Before and after" in (run / "judged/report.html").read_text()
+
+
+def test_the_run_s_own_report_shows_it(root: Path, style_run: Path) -> None:
+    """Once, however often it is judged; and what it told before is still there."""
+    run = style_run
+    judge_style(run, root / "style", root / "known", steps=1)
+    plain = (run / "report.html").read_text()
+    plain = plain[: plain.index(adapted.BEGIN)] + plain[plain.index(adapted.END) + len(adapted.END) + 1 :]
+    assert "<h2>Data</h2>" in plain and "Before and after" not in plain
+    (run / "report.html").write_text(plain)
+    for steps in (1, 2):
+        judge_style(run, root / "style", root / "known", steps=steps)
+        page = (run / "report.html").read_text()
+        assert page.count("<h2>Before and after</h2>") == 1 == page.count("<th>after.kernel</th>")
+        assert f"<th>steps</th><td>{steps}</td>" in page
+        part = page[page.index(adapted.BEGIN) : page.index(adapted.END) + len(adapted.END) + 1]
+        assert page.replace(part, "") == plain
+    (run / "report.html").unlink()
+    judge_style(run, root / "style", root / "known", steps=1)
+    assert "<h2>Before and after</h2>" in (run / "report.html").read_text()
+
+
+def test_a_lora_sets_in_where_it_is_told_to(style_run: Path) -> None:
+    """Of four steps the first is the base's alone, in each batch."""
+    run = style_run
+    base = adapted._base(run)
+    painter = adapted.Painter(base, run, 4, 1.0, lora_from=0.25)
+    acting: list[float] = []
+    net = painter.pipeline.parts.net
+    net.register_forward_pre_hook(lambda *_: acting.append(sum(active_adapters(net).values())))
+    pictures = painter.draw(["a box", "fire", "a box"], [0, 1, 2], batch_size=2)
+    assert acting == [0, 1, 1, 1] * 2
+    plain, whole = (adapted.Painter(base, x, 4, 1.0).draw(["a box"], [0]) for x in (None, run))
+    assert not torch.equal(pictures[:1], plain) and not torch.equal(pictures[:1], whole)
+    with pytest.raises(ValueError, match="from 0 to below 1, got 1"):
+        adapted.Painter(base, run, 4, 1.0, lora_from=1.0)
 
 
 def test_a_subject_is_judged(root: Path, few: None) -> None:
@@ -98,8 +169,10 @@ def test_a_subject_is_judged(root: Path, few: None) -> None:
     concept = read_gallery(root / "all").concepts[0]
     found = judge_subject(run, root / "subject", root / "all", concept=concept, **how)
     assert found["before"] != found["after"] and 0 <= found["after"]["subject"] <= 1
-    assert found["similarity_of_training_pictures"] <= 1 and len(listed.concepts) == 10
-    assert (run / "judged/adapted.png").is_file()
+    assert found["ratio"] == pytest.approx(found["after"]["distance"] / found["before"]["distance"])
+    assert found["learnt"] == (found["ratio"] <= 0.5) and len(listed.concepts) == 10
+    assert found["subject_itself"]["similarity"] <= 1
+    assert (run / "judged/adapted.png").is_file() and "Before and after" in (run / "report.html").read_text()
 
 
 def test_pictures_that_are_the_goal_are_perfect(root: Path, few: None, monkeypatch) -> None:
@@ -120,8 +193,9 @@ def test_pictures_that_are_the_goal_are_perfect(root: Path, few: None, monkeypat
     monkeypatch.setattr(adapted, "Painter", Copy)
     found = judge_style(run, root / "goal", root / "start")
     shown = [i for i, c in enumerate(own.concepts) if c in known.concepts]
-    assert found["after"]["concepts"] == 1 and found["learnt"]
-    assert found["after"]["distance"] < 0.5 * found["before"]["distance"] and len(shown) == found["prompts"]
+    assert found["after"]["concepts"] == 1 and found["learnt"] and found["kept"]
+    assert found["after"]["kernel"] == pytest.approx(0, abs=1e-12) and found["ratios"]["frechet"] < 0.5
+    assert len(shown) == found["prompts"]
 
 
 def test_what_is_missing_is_named(tmp_path: Path) -> None:

@@ -40,6 +40,7 @@ ELSEWHERE = {
     r"(ACCELERATE_USE_CPU=true )?(torchrun|accelerate launch) ": "test_processes_launch.py",
     r"python benchmarks/": "test_benchmarks.py",
     r"ldm app ": "test_app_browser.py",
+    r"ldm judge ": "test_adapted.py",
 }
 # What a command is given beside what it says, to be short.
 SHORT = {

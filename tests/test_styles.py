@@ -60,11 +60,11 @@ def test_colours_become_the_styles(tmp_path: Path) -> None:
     assert 'stroke-width="2.4"' in svg
 
 
-def test_a_subject_has_five_views_and_three_to_judge_by(tmp_path: Path) -> None:
+def test_a_subject_has_five_views_and_eight_to_judge_by(tmp_path: Path) -> None:
     made = subject_pictures(tmp_path / "bear", size=32)
-    assert (made.train, made.test) == (5, 3) and not list((tmp_path / "bear").rglob("metadata.jsonl"))
+    assert (made.train, made.test) == (5, 8) and not list((tmp_path / "bear").rglob("metadata.jsonl"))
     files = sorted((tmp_path / "bear").rglob("*.png"))
-    assert len({x.read_bytes() for x in files}) == 8
+    assert len({x.read_bytes() for x in files}) == 13
     rows = open_rows(tmp_path / "bear", split="train", resolution=32, instance_prompt="a sks teddy bear")
     assert len(rows) == 5 and set(rows.captions) == {"a sks teddy bear"}
     blue = rows.pictures([0]).float()[0, :, 12:20, 12:20].mean((1, 2))

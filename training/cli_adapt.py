@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from .says import say
+
+TOLD = ("before", "after", "ratios", "ratio", "style_itself", "subject_itself", "learnt", "kept")  # of what is judged
 
 
 def style(
@@ -26,7 +28,7 @@ def subject(
     out: Annotated[Path, typer.Option(help="Folder to make.")],
     size: Annotated[int, typer.Option(help="Side of the pictures in pixels.")] = 64,
 ) -> None:
-    """Draw five pictures of one subject, a blue teddy bear, and three to judge by."""
+    """Draw five pictures of one subject, a blue teddy bear, and eight to judge by."""
     from .styles import subject_pictures
 
     print(subject_pictures(out, size))
@@ -60,8 +62,9 @@ def judge(
     steps: Annotated[int, typer.Option(min=1, help="num_inference_steps")] = 20,
     guidance: Annotated[float, typer.Option(min=0, help="guidance_scale")] = 3.0,
     seed: Annotated[int, typer.Option(min=0)] = 0,
+    lora_from: Annotated[float, typer.Option(help="The share of the steps after which the LoRA acts.")] = 0.0,
 ) -> None:
-    """Say what an adaptation has learnt and kept, by a network that had no part in training: RUN/judged."""
+    """Say what an adaptation has learnt and kept, by a network that had no part in training, in RUN/report.html."""
     say()
     import json
 
@@ -69,11 +72,11 @@ def judge(
 
     if (style is None) == (subject is None):
         raise ValueError("judge: give --style or --subject: what the run was to learn")
-    how = {"seed": seed, "steps": steps, "guidance_scale": guidance}
+    how: dict[str, Any] = {"seed": seed, "steps": steps, "guidance_scale": guidance, "lora_from": lora_from}
     if style is not None:
         found = judge_style(run, style, data, prompts=prompts, **how)
     else:
         assert subject is not None
         found = judge_subject(run, subject, data, prompt=prompt, concept=concept, **how)
-    print(json.dumps({key: found[key] for key in ("before", "after", "learnt", "kept") if key in found}, indent=1))
-    print(run / "judged" / "report.html")
+    print(json.dumps({key: found[key] for key in TOLD if key in found}, indent=1))
+    print(run / "report.html")

@@ -47,9 +47,11 @@ PACKAGES = {  # iconify's, whose icons are named almost as CLDR names them: name
 # The subject: the teddy bear in a blue that no OpenMoji bear has. Turn in degrees, size, mirrored, background.
 SUBJECT = "teddy bear"
 VIEWS = {
-    "train": ((0, 1.0, False, "#ffffff"), (-18, 0.85, False, "#ffffff"), (14, 0.9, True, "#ffffff"),
-              (0, 0.8, True, "#ffffff"), (-8, 0.95, False, "#fcea2b")),
-    "test": ((10, 0.95, False, "#ffffff"), (-12, 0.9, True, "#ffffff"), (5, 0.85, False, "#ffffff")),
+    "train": ((0, 1.0, False, "#ffffff"), (-8, 0.9, False, "#ffffff"), (6, 0.95, True, "#ffffff"),
+              (0, 0.9, True, "#ffffff"), (-4, 1.0, False, "#ffffff")),
+    "test": ((4, 0.95, False, "#ffffff"), (-6, 0.95, True, "#ffffff"), (7, 0.9, False, "#ffffff"),
+             (0, 0.95, False, "#ffffff"), (0, 1.0, True, "#ffffff"), (-5, 0.9, False, "#ffffff"),
+             (8, 1.0, True, "#ffffff"), (-2, 0.9, False, "#ffffff")),
 }  # fmt: skip
 BLUE = ("#1e50a0", "#61b2e4", "#92d3f5")
 
@@ -109,7 +111,7 @@ def style_pictures(out: Path | str, size: int = 64, count: int = 40, source: str
 
 
 def subject_pictures(out: Path | str, size: int = 64) -> Made:
-    """Five pictures of one subject, a blue teddy bear, and three others of it to judge by: no captions, as one takes
+    """Five pictures of one subject, a blue teddy bear, and eight others of it to judge by: no captions, as one takes
     photographs of a toy.
 
     Raises:
