@@ -56,11 +56,11 @@ class Run:
 
     def __init__(self, told: tuple[Cond, ...], cache: StepCache | None):
         self.told, self.cache, self.step = told, cache, 0
-        self.inner: dict[Any, tuple[int, Tensor]] = {}  # of the step cache: when it was made, and what
         self.forget()
 
     def forget(self) -> None:
         self.answers: dict[Any, Any] = {}
+        self.inner: dict[Any, tuple[int, Tensor]] = {}  # of the step cache: when it was made, and what
         self.lasting: dict[int, Any] = {}
         for x in self.told:
             self.keep(x)

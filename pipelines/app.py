@@ -5,6 +5,7 @@ from __future__ import annotations
 import hmac
 import os
 import socket
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -57,6 +58,8 @@ def serve(
 
     if port is not None:
         check_port(port)
+    tempfile.tempdir = str(temp)  # of this whole process: gradio lays parts of a request there
+    gr.set_static_paths([pictures])  # shown from where they lie: of others gradio makes a copy, and lets it stay
     page.launch(
         server_name=f"[{host}]" if ":" in host else host,
         server_port=port,
@@ -66,6 +69,7 @@ def serve(
         allowed_paths=[str(pictures)],
         app_kwargs={"middleware": [Middleware(Guard, folders=[pictures, temp], hosts=names)]},
         max_file_size="20mb",
+        state_session_capacity=1000,  # each holds 100 kB, and whoever asks makes one
         prevent_thread_lock=True,
         quiet=True,
         inbrowser=False,

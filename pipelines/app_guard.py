@@ -59,20 +59,27 @@ class Guard:
         if scope["type"] == "lifespan":
             return await self.app(scope, receive, send)
         if scope["type"] != "http":
-            return await _refuse(send, 404, "not here")
+            return await send({"type": "websocket.close"})
         headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
         if problem := self._stranger(headers):
             return await _refuse(send, 403, problem)
         if not self._known(scope["path"]):
             return await _refuse(send, 404, "not here")
         if scope["method"] in ("POST", "PUT", "PATCH"):
-            upload = scope["path"] in (f"{API}/upload", f"{API}/component_server")
-            body = await _body(receive, UPLOAD if upload else BODY)
-            if body is None:
-                return await _refuse(send, 413, "too large")
-            if not upload and not self._paths_are_ours(body):
-                return await _refuse(send, 403, "a file that was not uploaded here")
-            receive = _again(body, receive)
+            if scope["path"] in (f"{API}/upload", f"{API}/component_server"):
+                # not held here: gradio asks for the password before it reads
+                if (length := _length(headers)) is None:
+                    return await _refuse(send, 411, "of unknown length")
+                if length > UPLOAD:
+                    await _thrown_away(receive, UPLOAD)  # else a browser that still sends sees no answer
+                    return await _refuse(send, 413, "too large")
+            else:
+                body = await _body(receive, BODY)
+                if body is None:
+                    return await _refuse(send, 413, "too large")
+                if not self._paths_are_ours(body):
+                    return await _refuse(send, 403, "a file that was not uploaded here")
+                receive = _again(body, receive)
 
         async def with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -83,12 +90,14 @@ class Guard:
 
     def _stranger(self, headers: dict[str, str]) -> str | None:
         """Why the request is not one of this page's own."""
-        host = headers.get("host", "")
-        if self.hosts is not None and (urlsplit(f"//{host}").hostname or "") not in self.hosts:
-            return "called by a name that is not this page's"
-        origin = headers.get("origin")
-        if origin is not None and urlsplit(origin).netloc != host:
-            return "from another page"
+        host, origin = headers.get("host", ""), headers.get("origin")
+        try:
+            if self.hosts is not None and (urlsplit(f"//{host}").hostname or "") not in self.hosts:
+                return "called by a name that is not this page's"
+            if origin is not None and urlsplit(origin).netloc != host:
+                return "from another page"
+        except ValueError:  # no address at all
+            return "called by a name that is none"
         return None
 
     def _known(self, path: str) -> bool:
@@ -102,9 +111,12 @@ class Guard:
         """Is it a picture in one of the folders, by its full name, with links followed?"""
         if "\0" in name or "%" in unquote(name) or not os.path.isabs(name) or ".." in Path(name).parts:
             return False
-        true = Path(os.path.realpath(name))
-        inside = any(true.is_relative_to(folder) for folder in self.folders)
-        return inside and true.suffix.lower() in PICTURES and true.is_file()
+        try:
+            true = Path(os.path.realpath(name))
+            inside = any(true.is_relative_to(folder) for folder in self.folders)
+            return inside and true.suffix.lower() in PICTURES and true.is_file()
+        except (OSError, ValueError):  # too long, or no name that a disk can hold
+            return False
 
     def _paths_are_ours(self, body: bytes) -> bool:
         """Whether the files that a request names were uploaded here: gradio would fetch an address that it is given."""
@@ -126,6 +138,21 @@ def _paths(value: Any) -> Iterator[Any]:
             left.extend(item.values())
         elif isinstance(item, list):
             left.extend(item)
+
+
+def _length(headers: dict[str, str]) -> int | None:
+    """Of the body, which the server holds a client to; None where it is not said."""
+    said = headers.get("content-length", "")
+    return int(said) if said.isascii() and said.isdecimal() and "transfer-encoding" not in headers else None
+
+
+async def _thrown_away(receive: Receive, limit: int) -> None:
+    """Read on, and keep nothing, to the end or to ``limit`` bytes and one message more."""
+    more = True
+    while more and limit >= 0:
+        message = await receive()
+        limit -= len(message.get("body", b""))
+        more = message["type"] != "http.disconnect" and message.get("more_body", False)
 
 
 async def _body(receive: Receive, limit: int) -> bytes | None:

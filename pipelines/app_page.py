@@ -13,6 +13,7 @@ from typing import Any
 import gradio as gr
 
 from .app_draw import Step, Studio, mask_of
+from .app_fields import bound_editor, bound_image
 from .app_settings import Settings, from_picture
 from .picture_files import read_settings
 
@@ -38,6 +39,7 @@ def build(studio: Studio, *, title: str = "", waiting: int = 8) -> gr.Blocks:
                         draw = gr.Button("Draw", variant="primary", elem_id="draw")
                     with gr.Tab("Image to image", id="image"):
                         image = gr.Image(label="Picture", type="pil", sources=["upload", "clipboard"], elem_id="image")
+                        bound_image(image)
                         strength = _strength("image")
                         redraw = gr.Button("Draw from the picture", variant="primary", elem_id="draw_image")
                     with gr.Tab("Inpaint", id="inpaint"):
@@ -51,6 +53,7 @@ def build(studio: Studio, *, title: str = "", waiting: int = 8) -> gr.Blocks:
                             transforms=[],
                             elem_id="editor",
                         )
+                        bound_editor(editor, kept=waiting + 8)
                         inpaint_strength = _strength("inpaint", 1.0)
                         inpaint = gr.Button("Draw the painted part", variant="primary", elem_id="draw_inpaint")
                 cancel = gr.Button("Cancel", variant="stop", elem_id="cancel")
@@ -227,9 +230,10 @@ class Page:
         if file is None:
             return self._filled({}, loras)
         try:
-            return self._filled(read_settings(file), loras)
+            found = read_settings(file)
         except (ValueError, OSError) as error:
             raise _message(ValueError(str(error).replace(file, Path(file).name)), "Not read") from error
+        return self._filled(found, loras)
 
     def _filled(self, found: dict, loras: Sequence[Any]) -> list[Any]:
         """A value for each field; those that ``found`` does not name stay."""

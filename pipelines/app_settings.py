@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -122,16 +121,16 @@ def from_picture(found: Mapping[str, Any], limits: Limits) -> dict[str, Any]:
 
 def number(label: str, value: Any, low: float, high: float) -> float:
     """``value`` if it is a number in [low, high]. Raises ValueError where it is not."""
-    good = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    if not good or not low <= value <= high:
+    good = isinstance(value, int | float) and not isinstance(value, bool)
+    if not good or not low <= value <= high:  # nor is NaN between them
         raise ValueError(f"{label}: {str(value)[:20]}, expected a number from {low} to {high}")
     return float(value)
 
 
 def whole(label: str, value: Any, low: int, high: int) -> int:
     """The same for whole numbers, which browsers may send as 20.0."""
-    good = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    if not good or value != int(value) or not low <= value <= high:
+    good = isinstance(value, int | float) and not isinstance(value, bool)
+    if not good or not low <= value <= high or value != int(value):
         raise ValueError(f"{label}: {str(value)[:20]}, expected a whole number from {low} to {high}")
     return int(value)
 

@@ -222,13 +222,13 @@ class LatentPipeline(LoraMixin, DiffusionPipeline):
         check_more(call.more, self.__call__.__annotations__)
         if call.output_type not in OUTPUTS:
             raise ValueError(f"output_type {call.output_type!r} is not one of {', '.join(OUTPUTS)}")
-        wanted = list(call.callback_on_step_end_tensor_inputs)
+        wanted = list(call.callback_on_step_end_tensor_inputs or ())
         if not {*wanted} <= {*SHOWN_AT_STEPS}:
             known = " and ".join(SHOWN_AT_STEPS)
             raise ValueError(f"callback_on_step_end_tensor_inputs is {wanted}; {known} can be had")
         each = call.num_images_per_prompt
-        if each < 1:
-            raise ValueError(f"num_images_per_prompt is {each}, expected 1 or more")
+        if not isinstance(each, int) or each < 1:
+            raise ValueError(f"num_images_per_prompt is {each!r}, expected a whole number, 1 or more")
         parts, family = self.parts, self.text.family
         default_steps, default_scale = self.defaults[family]
         steps = default_steps if call.num_inference_steps is None else call.num_inference_steps

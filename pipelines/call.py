@@ -75,6 +75,11 @@ class More(TypedDict, total=False):
     sampler_options: Mapping[str, Any]
 
 
+SIZES = (
+    "original_size", "crops_coords_top_left", "target_size",
+    "negative_original_size", "negative_crops_coords_top_left", "negative_target_size",
+)  # fmt: skip
+ENCODERS = {"sd": 1, "sdxl": 2, "sd3": 3, "pixart": 1}
 SAMPLING = ("guidance", "one_batch", "step_cache", "sampler", "sampler_options")  # what ``sample_latents`` takes
 
 
@@ -108,6 +113,7 @@ class Prompts(NamedTuple):
         """
         embeds = (self.prompt_embeds, more.get("pooled_prompt_embeds"), more.get("prompt_attention_mask"))
         texts = (self.prompt, more.get("prompt_2"), more.get("prompt_3"))
+        _check_company("prompt", text.family, texts, embeds)
         cond = _told("prompt", net, text, texts, embeds, more)
         if not guided:
             return cond, None
@@ -117,6 +123,7 @@ class Prompts(NamedTuple):
             more.get("negative_prompt_attention_mask"),
         )
         first, *others = (self.negative_prompt, more.get("negative_prompt_2"), more.get("negative_prompt_3"))
+        _check_company("negative_prompt", text.family, [first, *others], embeds)
         if _is_null(text, [first, *others], embeds[0]):
             uncond = _null(text, cond, more.get("max_sequence_length"))
         else:
@@ -130,13 +137,17 @@ class Prompts(NamedTuple):
 
 def sized(net: Network, cond: Cond, uncond: Cond | None, height: int, width: int, more: More) -> tuple[Cond, Any]:
     """Both with the sizes that the network is told, where it is one that is told any."""
-    size, corner = (height, width), more.get("crops_coords_top_left", (0, 0))
+    for name in SIZES:
+        pair: Any = more.get(name)
+        if pair is not None and (not hasattr(pair, "__len__") or len(pair) != 2):
+            raise ValueError(f"{name} is {pair!r}, expected two whole numbers of pixels")
+    size, corner = (height, width), more.get("crops_coords_top_left") or (0, 0)
     told = more.get("original_size"), corner, more.get("target_size")
     cond = with_sizes(net, cond, *size, *told)
     if uncond is not None:
         original, target = more.get("negative_original_size"), more.get("negative_target_size")
         if original is not None and target is not None:
-            told = original, more.get("negative_crops_coords_top_left", (0, 0)), target
+            told = original, more.get("negative_crops_coords_top_left") or (0, 0), target
         uncond = with_sizes(net, uncond, *size, *told)
     return cond, uncond
 
@@ -166,7 +177,8 @@ def _told(
     if (texts[0] is None) == (tokens is None):
         raise ValueError(f"give either {name} or {name}_embeds")
     if tokens is None:
-        lists = [_listed(one, more.get("clean_caption", True) and family == "pixart") for one in texts]
+        names, clean = (name, f"{name}_2", f"{name}_3"), more.get("clean_caption", True) and family == "pixart"
+        lists = [_listed(*one, clean) for one in zip(names, texts, strict=True)]
         rows = max(len(one) for one in lists if one is not None)
         lists = [one * rows if one is not None and len(one) == 1 else one for one in lists]
         how = given(more, "max_sequence_length", "long_prompt", "weighting")
@@ -190,10 +202,27 @@ def _told(
     return Cond(tokens, bias, pooled).to(net.device, net.dtype)
 
 
-def _listed(texts: Texts | None, clean: bool) -> list[str] | None:
+def _check_company(name: str, family: str, texts: Sequence[Texts | None], embeds: Sequence[Tensor | None]) -> None:
+    """Raises ValueError where something is given that nobody would look at."""
+    tokens, pooled, mask = embeds
+    for value, full in ((pooled, name.replace("prompt", "pooled_prompt_embeds")), (mask, f"{name}_attention_mask")):
+        if value is not None and tokens is None:
+            raise ValueError(f"{full} goes with {name}_embeds, which is missing")
+    for i, other in enumerate(texts[1:], 2):
+        if other is not None and tokens is not None:
+            raise ValueError(f"{name}_{i}: {name}_embeds say what all encoders do; give texts or embeddings")
+        if other is not None and i > (n := ENCODERS[family]):
+            raise ValueError(f"{name}_{i}: a model of the family {family!r} reads {n} at most; leave it out")
+
+
+def _listed(name: str, texts: Any, clean: bool) -> list[str] | None:
     if texts is None:
         return None
+    if not isinstance(texts, Sequence) or isinstance(texts, bytes) or (not texts and texts != ""):
+        raise ValueError(f"{name} is {texts!r}, expected one or more texts")
     texts = [texts] if isinstance(texts, str) else list(texts)
+    if broken := [i for i, x in enumerate(texts) if isinstance(x, str) and any("\ud800" <= c <= "\udfff" for c in x)]:
+        raise ValueError(f"{name} {broken[0]}: bytes that are no UTF-8 stand in it, {texts[broken[0]]!a:.60}")
     if clean and is_bs4_available() and is_ftfy_available():
         texts = object.__new__(PixArtAlphaPipeline)._text_preprocessing(texts, clean_caption=True)
     return texts

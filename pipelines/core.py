@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from numbers import Integral
 from typing import Any, TypeVar
 
 import torch
@@ -74,9 +76,11 @@ def start_latents(
     Args:
         generator: one for the whole batch, or a list of one per row, so that a row is the same in any batch.
     Raises:
-        ValueError: the number of generators is not that of rows.
+        ValueError: no generators, or their number is not that of rows.
     """
     shape = tuple(shape)
+    if isinstance(generator, str) or not isinstance(generator, torch.Generator | Sequence | None):
+        raise ValueError(f"generator is {generator!r}; expected torch.Generator().manual_seed(seed), or a list of such")
     if generator is None or isinstance(generator, torch.Generator):
         where = device if generator is None else generator.device
         return torch.randn(shape, generator=generator, device=where, dtype=dtype).to(device)
@@ -95,6 +99,8 @@ def latent_shape(parts: Parts, rows: int, height: int | None = None, width: int 
     h, w = own[0] if height is None else height, own[1] if width is None else width
     f = parts.vae.factor
     for name, side in (("height", h), ("width", w)):
+        if not isinstance(side, Integral):
+            raise ValueError(f"{name} is {side!r}, expected a whole number of pixels")
         if side <= 0 or side % f:
             nearest = max(f, (side + f // 2) // f * f)
             raise ValueError(
@@ -187,6 +193,8 @@ def sample_latents(
     options |= sampler_options or {}
     check_options(f"sampler {name}", SAMPLERS[name], options, LENT)
     walked = steps_walked(steps, strength, parts.text.family)
+    if not math.isfinite(guidance_scale):
+        raise ValueError(f"guidance_scale is {guidance_scale}, expected a finite number")
     if mask is not None and name == "rk45":
         raise ValueError("sampler rk45 takes steps of its own: what the mask keeps cannot be put back after each")
     denoiser, net = parts.denoiser(), awake(parts.net)
@@ -233,8 +241,8 @@ def steps_walked(steps: int, strength: float, family: str = "sd") -> int:
     Raises:
         ValueError: no steps; strength outside [0, 1], or too little for one step.
     """
-    if steps < 1:
-        raise ValueError(f"num_inference_steps is {steps}, expected 1 or more")
+    if not isinstance(steps, Integral) or steps < 1:
+        raise ValueError(f"num_inference_steps is {steps!r}, expected a whole number, 1 or more")
     if not 0 <= strength <= 1:
         raise ValueError(f"strength is {strength}, expected 0 to 1, of which 1 draws all anew")
     walked = steps - int(steps - steps * strength) if family == "sd3" else int(steps * strength)

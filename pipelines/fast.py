@@ -37,10 +37,12 @@ def step_cache_of(net: nn.Module, given: StepCaching | None) -> StepCache | None
     """
     if given is None:
         return None
+    known = [*StepCache.__dataclass_fields__]
+    if not isinstance(given, int | Mapping | StepCache):
+        raise ValueError(f"step_cache is {given!r}, expected every how many steps, or a dict of {', '.join(known)}")
     if isinstance(given, int):
         given = {"every": given}
     options = asdict(given) if isinstance(given, StepCache) else dict(given)
-    known = [*StepCache.__dataclass_fields__]
     for key in options:
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1)

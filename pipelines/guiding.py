@@ -98,7 +98,7 @@ def listed(guidance: Guidance) -> list[tuple[str, dict[str, Any]]]:
     Raises:
         ValueError: see ``guide``.
     """
-    given = [guidance] if isinstance(guidance, str | Mapping) else list(guidance)
+    given: list[Any] = list(guidance) if isinstance(guidance, list | tuple) else [guidance]
     kinds = [_named(one) for one in given]
     if not kinds or kinds[0][0] not in (*FROM_NETWORK, "autoguidance"):
         kinds.insert(0, ("classifier_free", {}))
@@ -112,13 +112,15 @@ def listed(guidance: Guidance) -> list[tuple[str, dict[str, Any]]]:
 
 
 def _named(one: str | Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    if not isinstance(one, str | Mapping):
+        raise ValueError(f"guidance is {one!r}; expected a name, or {{'name': …}} with its options, or a list of these")
     options = {"name": one} if isinstance(one, str) else dict(one)
     name = options.pop("name", None)
     if name not in GUIDANCE:
         raise ValueError(f"guidance {name!r} is not one of {', '.join(GUIDANCE)}{near(str(name), GUIDANCE)}")
     check_options(f"guidance {name}", GUIDANCE[name], options, OWN)
     for key, value in options.items():
-        if key not in OBJECTS and not isinstance(value, int | float):
+        if key not in OBJECTS and (not isinstance(value, int | float) or value != value):  # NaN is not itself
             raise ValueError(f"guidance {name}: {key} is {value!r}, expected a number")
         if key == "log_prob" and not callable(value):
             raise ValueError(f"guidance {name}: log_prob is {value!r}, expected a Python function (x_t, t) -> (B,)")

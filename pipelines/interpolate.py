@@ -31,7 +31,8 @@ def mix(a: Cond, b: Cond, share: Share) -> Cond:
         a, b: B rows each, or one; of one call of ``encode``, which gives all prompts one length.
         share: 0 gives a, 1 gives b, exactly; a list of B numbers one row for each.
     Raises:
-        ValueError: what does not fit together, or is no prompt (sizes, shown pictures) and differs.
+        ValueError: what does not fit together, or is no prompt (sizes, shown pictures) and differs; a share outside
+            [0, 1].
     """
     if a.tokens.shape[1:] != b.tokens.shape[1:]:
         raise ValueError(
@@ -40,6 +41,8 @@ def mix(a: Cond, b: Cond, share: Share) -> Cond:
         )
     s = _shares(share, a.tokens)  # (B,) or (1,)
     rows = max(len(a), len(b), len(s))
+    if not ((s >= 0) & (s <= 1)).all():
+        raise ValueError(f"mix: share is {s.tolist()}, expected numbers from 0 to 1")
     if any(len(x) not in (1, rows) for x in (a, b, s)):
         raise ValueError(f"mix: {len(a)} rows, {len(b)} rows and {len(s)} shares; expected {rows} of each, or one")
     for name in (x.name for x in fields(Cond) if x.name not in MIXED):

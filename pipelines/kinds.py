@@ -16,9 +16,10 @@ from torch import Tensor
 
 from ldm.cond import Cond
 from ldm.denoiser import Denoised, Denoiser
-from ldm.guidance import Denoise
+from ldm.guidance import Denoise, rescaled
 from ldm.models.base import Network
 from ldm.models.grow import latent_channels
+from ldm.reuse import once
 
 KINDS = {
     "inpaint": "a picture and a mask, as StableDiffusionInpaintPipeline takes them",
@@ -87,15 +88,17 @@ def image_guided(
         raise ValueError(f"rescale is {rescale}; expected a number in [0, 1]")
     if image_guidance_scale < 1 or uncond.extra is None:
         raise ValueError(f"image_guidance_scale is {image_guidance_scale}, expected 1 or more, and a picture")
-    nothing = replace(uncond, extra=torch.zeros_like(uncond.extra))
 
     def denoise(x_t: Tensor, t: Tensor) -> Denoised:
-        both, picture, none = denoiser(x_t, t, [cond, uncond, nothing], one_batch=one_batch)
+        both, picture, none = denoiser(x_t, t, [cond, uncond, once(_without_picture, uncond)], one_batch=one_batch)
         output = none.output + image_guidance_scale * (picture.output - none.output)
         output = output + guidance_scale * (both.output - picture.output)
-        if rescale:  # as ``classifier_free``'s
-            back = both.output.std((1, 2, 3), keepdim=True) / output.std((1, 2, 3), keepdim=True)
-            output = (1 - rescale) * output + rescale * output * back
+        if rescale:
+            output = rescaled(output, both.output, rescale)
         return denoiser.interpret(x_t, t, output)._replace(var_frac=both.var_frac)
 
     return denoise
+
+
+def _without_picture(cond: Cond) -> Cond:
+    return replace(cond, extra=None if cond.extra is None else torch.zeros_like(cond.extra))

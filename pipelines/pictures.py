@@ -40,7 +40,7 @@ def to_masks(mask: Pictures | None, size: Size) -> Tensor:
 
     Args:
         mask: as ``to_pictures`` takes them, grey, and without the last of numpy's or the first of torch's dimensions
-            too. White is painted anew.
+            too. White is painted anew; in uint8 without a number above 1, that is 1, as in stock.
         size: height and width to bring them to.
     Raises:
         ValueError: as ``to_pictures``.
@@ -114,7 +114,7 @@ def _batch(x: Any, name: str, size: Size, *, grey: bool) -> Tensor:
         return numbers.view(1, height, width, channels).permute(0, 3, 1, 2)
     if isinstance(x, np.ndarray):
         x = x[..., None] if x.ndim == 2 or (grey and x.ndim == 3 and x.shape[-1] not in (1, 3)) else x
-        x = torch.from_numpy(x[None] if x.ndim == 3 else x)
+        x = torch.from_numpy(np.array(x[None] if x.ndim == 3 else x, order="C"))  # not one that is read-only or flipped
         x = x.permute(0, 3, 1, 2) if x.ndim == 4 else x
     else:
         x = x.detach()
@@ -123,8 +123,8 @@ def _batch(x: Any, name: str, size: Size, *, grey: bool) -> Tensor:
     if x.ndim != 4 or x.shape[1] not in ({1} if grey else {1, 3}):
         order = "(H, W, 3)" if not grey else "(H, W)"
         raise ValueError(f"{name}: shape {tuple(x.shape)}; expected numpy's {order}, torch's (3, H, W), or n of them")
-    whole = x.dtype == torch.uint8
-    x = x.to(torch.float32) / 255 if whole else x.float()
+    whole = x.dtype == torch.uint8 and not (grey and x.max() <= 1)
+    x = x.float() / 255 if whole else x.float()
     low, high = x.aminmax()
     if not (low >= 0 and high <= 1):  # NaN is not either
         raise ValueError(

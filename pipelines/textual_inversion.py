@@ -182,7 +182,7 @@ def _write(file: Path, state: dict[str, Tensor], token: str) -> None:
     handle, beside = tempfile.mkstemp(prefix=f".{file.name}.", dir=file.parent)
     os.close(handle)
     try:
-        save_file(state, beside, metadata={"format": "pt", "token": token})
+        save_file(state, beside, metadata={"token": token})  # of two entries the order, and so the file, is by chance
         os.chmod(beside, 0o644)
         os.replace(beside, file)
     finally:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,7 +24,7 @@ PASSWORD = "correct horse"
 @contextmanager
 def served(folder: Path, **options: Any) -> Iterator[tuple[Any, Studio, Path]]:
     """(page, studio, the folder that it may write to)."""
-    before = {name: os.environ.get(name) for name in KEPT}
+    before, temporary = {name: os.environ.get(name) for name in KEPT}, tempfile.tempdir
     stock = families.sd()
     file = LoraFile({"unet": lora_made.layers(stock.unet, lora_made.UNET)})
     write_lora(folder / "loras" / "style.safetensors", file, "diffusers", base="sd15", names={})
@@ -35,6 +36,7 @@ def served(folder: Path, **options: Any) -> Iterator[tuple[Any, Studio, Path]]:
         yield page, studio, out
     finally:
         page.close()
+        tempfile.tempdir = temporary
         for name, value in before.items():
             os.environ.pop(name, None)
             if value is not None:

@@ -1,6 +1,8 @@
 """What the page's server gives away, over HTTP: nothing but its own pages and the pictures in its own folder."""
 
+import asyncio
 import http.client
+import io
 import json
 import uuid
 from collections.abc import Iterator
@@ -12,7 +14,8 @@ import pytest
 from PIL import Image
 
 from pipelines.app import ready
-from pipelines.app_guard import Guard, check_address
+from pipelines.app_guard import UPLOAD, Guard, check_address
+from pipelines.picture_files import save_png
 from tests.app_served import PASSWORD, address, served, slowed
 from tests.browser import wait
 
@@ -50,6 +53,24 @@ class Site:
         head = f'--{mark}\r\nContent-Disposition: form-data; name="files"; filename="{name}"\r\n\r\n'
         body = head.encode() + data + f"\r\n--{mark}--\r\n".encode()
         return self.ask(f"{API}/upload", body, Content_Type=f"multipart/form-data; boundary={mark}")
+
+    def refused(self, fn: int, *data: Any) -> str:
+        """What a job was refused with; empty where it was done."""
+        session = uuid.uuid4().hex
+        assert self.json(f"{API}/queue/join", {"data": data, "fn_index": fn, "session_hash": session})[0] == 200
+        told = self.ask(f"{API}/queue/data?session_hash={session}")[1].decode().split("data: ")
+        last = next(m for x in told if x and (m := json.loads(x))["msg"] == "process_completed")
+        return "" if last["success"] else str(last["output"]["error"])
+
+    def layer(self, index: str, name: str, end: bool = True) -> int:
+        """What the editor sends of a drawing."""
+        (editor,) = (i for i, x in self.page.blocks.items() if x.get_block_name() == "imageeditor")
+        said = dict(component_id=editor, session_hash="a", fn_name="accept_blobs", type="layer", index=index, id=name)
+        head = 'Content-Disposition: form-data; name="{}"{}\r\n\r\n{}\r\n'
+        parts = [head.format(k, "", v) for k, v in said.items()] + [head.format("file", '; filename="b.png"', "x")]
+        body = "--B\r\n" + "--B\r\n".join(parts) + "--B--\r\n"
+        sent = (body if end else body.removesuffix("\r\n--B--\r\n")).encode()
+        return self.ask(f"{API}/component_server", sent, Content_Type="multipart/form-data; boundary=B")[0]
 
 
 @pytest.fixture(scope="module")
@@ -142,6 +163,87 @@ def test_a_job_cannot_name_a_file_that_was_not_uploaded(site: Site):
     assert join(mine) == 200
 
 
+def test_a_picture_is_of_few_formats_and_of_bounded_size(site: Site):
+    """By what it is, not by its name: Pillow reads dozens of formats, some by running a program."""
+    form = ["a zebra", "", "", 2, 3.0, 0, False, 16, 16, 1, False, "", 1.0]
+
+    def refused(picture: Image.Image, kind: str) -> tuple[str, str]:
+        data = io.BytesIO()
+        picture.save(data, kind)
+        path = json.loads(site.upload("mine.png", data.getvalue())[1])[0]
+        file = {"path": path, "meta": {"_type": "gradio.FileData"}}
+        drawn = {"background": file, "layers": [file], "composite": None}
+        return site.refused(1, None, file, 0.5, *form), site.refused(2, None, drawn, 1.0, *form)
+
+    small = Image.new("RGBA", (16, 16), "red")
+    assert [refused(small, kind) for kind in ("PNG", "WEBP")] == [("", "")] * 2
+    assert all("cannot be read as PNG" in x for kind in ("TIFF", "GIF") for x in refused(small, kind))
+    assert all("9000 x 9000" in x for x in refused(Image.new("1", (9000, 9000)), "PNG"))
+    data = {"path": None, "url": "data:image/png;base64,x", "meta": {"_type": "gradio.FileData"}}
+    assert "there is none" in site.refused(1, None, data, 0.5, *form)
+
+
+def test_an_editor_holds_few_drawings_of_few_layers(site: Site):
+    """gradio makes a list as long as it is told, and keeps what no job asks for."""
+    assert [site.layer(index, "a") for index in ("0", "null", "1000000000", "-1", "x")] == [200, 200, 400, 400, 400]
+    assert all(site.layer("0", f"drawing {i}") == 200 for i in range(20))
+    (editor,) = (x for x in site.page.blocks.values() if x.get_block_name() == "imageeditor")
+    assert len(editor.blob_storage) == 16 and "drawing 19" in editor.blob_storage
+
+
+def test_what_is_drawn_lies_in_one_place(site: Site):
+    before = set(site.out.rglob("*.png"))
+    assert site.refused(0, None, "a zebra", "", "", 2, 3.0, 0, False, 16, 16, 1, False, "", 1.0) == ""
+    (new,) = set(site.out.rglob("*.png")) - before
+    assert new.parent == site.studio.pictures and site.file(new)[0] == 200
+
+
+def test_half_a_request_leaves_nothing_outside(site: Site):
+    before = set((site.out / "temp").iterdir())
+    assert site.layer("0", "half", end=False) == 400
+    assert len(set((site.out / "temp").iterdir()) - before) == 1
+
+
+def test_what_a_png_is_refused_with_is_told_once(site: Site, tmp_path: Path):
+    save_png(Image.new("RGB", (4, 4)), tmp_path / "a.png", {"prompt": "x", "num_inference_steps": 10**400})
+    path = json.loads(site.upload("a.png", (tmp_path / "a.png").read_bytes())[1])[0]
+    told = site.refused(8, {"path": path, "meta": {"_type": "gradio.FileData"}}, "", 1.0)
+    assert told.startswith("Steps: 1000") and "&" not in told
+
+
+def test_a_request_that_makes_no_sense_is_refused(site: Site):
+    assert site.ask("/config", Host="[")[0] == 403
+    assert site.ask(f"{API}/queue/join", b"{}", Origin="http://[")[0] == 403
+    assert site.ask(f"{API}/upload", None, "POST", Transfer_Encoding="chunked")[0] == 411
+    assert site.ask(f"{API}/queue/join", Connection="Upgrade", Upgrade="websocket", Sec_WebSocket_Version="13",
+                    Sec_WebSocket_Key="x3JJHMbDL1EzLkh9GBhXDw==")[0] in (403, 404, 405)  # fmt: skip
+
+
+def test_an_upload_is_not_held_for_those_who_are_not_let_in():
+    """gradio asks for the password first, and reads then."""
+    read, said = [], []
+
+    async def receive() -> Any:
+        read.append(1)
+        return {"type": "http.request", "body": bytes(UPLOAD), "more_body": True}
+
+    async def send(message: Any) -> None:
+        said.append(message.get("status"))
+
+    async def refuse(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 401, "headers": []})
+
+    def ask(length: int) -> None:
+        headers = [(b"content-length", str(length).encode())]
+        scope = {"type": "http", "method": "POST", "path": f"{API}/upload", "headers": headers}
+        asyncio.run(Guard(refuse, [])(scope, receive, send))
+
+    ask(UPLOAD)
+    assert said == [401] and not read
+    ask(UPLOAD + 1)
+    assert said[1] == 413 and len(read) == 2  # read on a little, for the answer to be seen, and not for ever
+
+
 def test_other_sites_cannot_speak_through_a_visitor(site: Site):
     host, port = address(site.page)
     for name in ("evil.example", f"evil.example:{port}", "", "127.0.0.1.evil.example"):
@@ -213,3 +315,4 @@ def test_only_true_places_count(tmp_path: Path):
     guard = Guard(None, [tmp_path / "link"])  # type: ignore[arg-type]
     assert guard.ours(str(tmp_path / "true" / "a.PNG")) and guard.ours(str(tmp_path / "link" / "a.PNG"))
     assert not guard.ours(str(tmp_path / "true" / "b.png")) and not guard.ours("a.PNG")
+    assert not guard.ours(f"{tmp_path}/true/{'a' * 300}.png") and not guard.ours(f"{tmp_path}/true/\ud800.png")

@@ -37,6 +37,8 @@ def test_a_good_form():
         ("guidance_scale", "7", "Guidance"),
         ("seed", -1, "Seed: -1"),
         ("seed", 2**32, "Seed"),
+        ("seed", 10**400, "Seed: 1000"),  # more than a float holds
+        ("guidance_scale", -(10**400), "Guidance: -1000"),
         ("seed", None, "Seed: None"),
         ("width", 100, "Width: 100, expected a multiple of 8; the nearest is 96"),
         ("height", 1024, "Height: 1024, expected a whole number from 1 to 512"),

@@ -4,6 +4,7 @@ import json
 import shutil
 from functools import partial
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -23,7 +24,8 @@ from training.evaluate import evaluation, measures_data, measures_model
 from training.evaluate.evaluation import Asked, evaluate, own_clip
 from training.evaluate.features import to_unit
 from training.evaluate.grids import to_pil
-from training.evaluate.measures_data import prompt_order
+from training.evaluate.measures_data import Drawn, Prompt, prompt_order
+from training.evaluate.measures_draw import device_name, speeds
 from training.evaluate.measures_model import held_out_losses, levels
 from training.tasks.diffusion import FIXED
 
@@ -198,6 +200,47 @@ def test_most_of_a_large_set_is_chosen_by_a_fixed_seed(run, monkeypatch):
     found = measures_data.real(rows, Colours(), "colours", 4, None, quiet)
     assert len(found.features) == 5 and found.chosen == sorted(set(found.chosen))
     assert torch.equal(found.features, Colours()(rows.pictures(found.chosen)))
+
+
+def test_another_prompt_is_another_however_often_each_is_drawn(run, tmp_path):
+    """Six drawings of three prompts, in turn: half way round lies the same prompt again."""
+    Image.new("RGB", (16, 16)).save(tmp_path / "a.png")
+    rows = open_rows(run / "data", split="test", resolution=16)
+    asked: list[tuple[str, ...]] = []
+
+    def judge(pictures: Tensor, texts: list[str], _: int) -> Tensor:
+        asked.append(tuple(texts))
+        return torch.ones(len(texts))
+
+    for texts in (["a", "b", "c"] * 2, ["a"] * 3):
+        asked.clear()
+        drawn = Drawn([tmp_path / "a.png"] * len(texts), [Prompt(x, False) for x in texts])
+        found = evaluation.Evaluated({}, {}, [], drawn, rows, 16)
+        groups = evaluation._groups(drawn)
+        evaluation._take_clip(found, Asked(), cast(Any, judge), rows, groups, quiet)
+        own, others, _ = asked
+        if len(set(texts)) > 1:
+            assert own == tuple(texts) and all(x != y for x, y in zip(own, others, strict=True))
+            assert len(groups.unique()) == 3
+        else:  # there is no other; and of one prompt its pictures are resampled
+            assert "of_another_prompt" not in found.figures["clip_score_own"] and len(groups.unique()) == 3
+
+
+def test_half_a_line_of_a_log_is_left_out(tmp_path):
+    device = torch.device("cpu")
+    line = json.dumps({"pictures": 4, "seconds": 2.0, "device": device_name(device), "first": False})
+    (tmp_path / "log.jsonl").write_text(f"{line}\n{line[:20]}{line}\n{line}\n{line[:9]}")
+    pictures, seconds = speeds(tmp_path, device)
+    assert pictures.tolist() == [4, 4] and seconds.tolist() == [2, 2]
+
+
+def test_features_of_another_kind_of_network_are_not_taken(run, tmp_path):
+    """Two CLIPs of the same weights may still see otherwise: by their activation, say."""
+    rows, net = open_rows(run / "data", split="test", resolution=16), Colours()
+    for kind, files in (("gelu", 1), ("gelu", 1), ("quick_gelu", 2)):
+        net.kind = kind
+        measures_data.real(rows, net, "colours", 4, tmp_path, quiet)
+        assert len(list(tmp_path.iterdir())) == files
 
 
 def test_prompts_are_held_out_first_and_each_once(run):

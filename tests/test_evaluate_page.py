@@ -45,7 +45,8 @@ def test_what_is_wrong_is_one_message(run, monkeypatch, capsys, tmp_path):  # no
     command = ["evaluate", run / "run" / "pipeline", "--data", run / "data", "--out", tmp_path / "out"]
     for words, message in (
         (["--measures", "fid,vibes"], "ldm: measures: vibes; expected some of fid, kid, precision_recall"),
-        (["--measures", "fid", "--retrieval"], "give one of the two"),
+        (["--measures", "fid", "--retrieval"], "--measures does not go with it"),
+        (["--sampler", "heun", "--retrieval"], "--sampler does not go with it"),
         (["--samples", "1"], "ldm: measures: fid needs 2 drawings or more, and there are 1; raise --samples"),
     ):
         monkeypatch.setattr(sys, "argv", ["ldm", *map(str, [*command, *words])])

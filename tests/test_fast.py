@@ -239,6 +239,36 @@ def test_a_sampler_that_tells_of_no_steps_stays_exact(plain: Any):
     assert torch.equal(drawn(of, told, away, step_cache=2, **kw), drawn(of, told, away, **kw))
 
 
+def test_where_a_weight_changes_a_step_cache_begins_anew():
+    """The last layers' LoRA goes after the first of two steps, of which the second would take the first one's."""
+    of, told, away = parts("dit"), cond("dit"), cond("dit", 40)
+    add_lora(of.net, LoraSettings(rank=2, targets=("to_q",)), "style")
+    for key, p in of.net.named_parameters():
+        if "lora" in key:
+            p.data = waves(*p.shape, seed=len(key))
+
+    def leave_out(i: int, t: Tensor, x: Tensor, d: Any) -> None:
+        set_weights(of.net, {"style": 0.0})
+
+    found = []
+    for cache in (None, {"every": 2, "depth": 0}):
+        set_weights(of.net, {"style": 1.0})
+        found.append(drawn(of, told, away, steps=2, guidance_scale=1.0, step_cache=cache, on_step=leave_out))
+    assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1.7])
+def test_with_a_picture_the_network_is_spared_as_much(scale: float):
+    """Guidance away from the picture too (``kinds.image_guided``): the text is projected once, steps are left out."""
+    net = tiny.unet(in_channels=8)
+    of, calls = parts("unet", net), count(net, f"attn2.{TEXT['unet']}")
+    two = [replace(cond("unet", seed), extra=waves(2, 4, 8, 8, seed=3)) for seed in (0, 40)]
+    exact = drawn(of, *two, image_guidance_scale=scale)
+    assert len(calls) == len(set(calls))
+    fast = drawn(of, *two, image_guidance_scale=scale, step_cache={"every": 4, "depth": 0})
+    assert (fast - exact).abs().max() > 1e-3
+
+
 def test_distance_is_of_the_same_noise():
     pipe = TextToImagePipeline.from_parts(parts("unet"))
     pipe.set_progress_bar_config(disable=True)
@@ -266,6 +296,8 @@ def test_what_a_step_cache_is_told():
         ({"depth": 2}, "depth is 2; this DiT takes 1 at most"),
         ({"depth": -1}, "depth is -1"),
         ({"every": 2.5}, "every is 2.5"),
+        (2.5, "step_cache is 2.5, expected every how many steps"),
+        ("3", "step_cache is '3', expected every how many steps"),
     ):
         with pytest.raises(ValueError, match=told):
             step_cache_of(net, wrong)  # type: ignore[arg-type]

@@ -158,6 +158,8 @@ def test_what_is_remembered_is_made_anew_for_each_call() -> None:
         ({"low": 0.2}, "guidance None is not one of"),
         ({"name": "apg", "etta": 1}, "guidance apg has no option 'etta'; it takes .*; did you mean 'eta'"),
         ({"name": "apg", "eta": "much"}, "guidance apg: eta is 'much', expected a number"),
+        ({"name": "apg", "eta": float("nan")}, "guidance apg: eta is nan, expected a number"),
+        (["apg", 3], "guidance is 3; expected a name"),
         ({"name": "apg", "denoiser": 1}, "has no option 'denoiser'"),
         ({"name": "apg", "guidance_scale": 3}, "guidance_scale is the call's own"),
         ({"name": "interval", "low": 0.1}, "guidance interval: high must be given"),

@@ -40,6 +40,7 @@ def test_one_mask_in_all_its_forms():
     picture = Image.fromarray((array * 255).astype(np.uint8))
     forms = [
         picture, picture.convert("RGB"), array, [array], array[..., None], array[None], array.astype(np.uint8) * 255,
+        array.astype(np.uint8), torch.from_numpy(array).bool(), array[::-1].copy()[::-1],
         torch.from_numpy(array), torch.from_numpy(array)[None], expected, array * 0.4 + 0.3,
     ]  # fmt: skip
     for form in forms:

@@ -42,6 +42,8 @@ def test_what_cannot_be_mixed():
     a = Cond(torch.randn(2, 3, 4))
     with pytest.raises(ValueError, match="2 rows, 2 rows and 3 shares"):
         mix(a, a, [0.0, 0.5, 1.0])
+    with pytest.raises(ValueError, match=r"share is \[0.0, 1.5\]"):
+        mix(a, a, [0.0, 1.5])
     with pytest.raises(ValueError, match="differ in size_ids"):
         mix(a, replace(a, size_ids=torch.zeros(2, 6)), 0.5)
     for key, value in (("pooled", torch.zeros(2, 5)), ("bias", torch.zeros(2, 3))):

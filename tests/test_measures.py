@@ -162,6 +162,15 @@ def test_kid_has_no_bias_and_its_interval_covers_0():
     assert m.kid(repeated, normal(400, 4, 3), torch.arange(40)).value > 0.3
 
 
+@pytest.mark.parametrize("n", [2, 3, 5])
+def test_kid_of_few_has_an_interval(n: int):
+    """Of few rows some resamples are one row again and again, and have no pair of two."""
+    x = normal(n, 4, 1)
+    assert any((times > 0).sum() == 1 for times in m.multiplicities(rows(x), 200))
+    found = m.kid(x, normal(30, 4, 2), rows(x))
+    assert math.isfinite(found.low) and found.low <= found.high < math.inf
+
+
 # ---------------------------------------------------------------- what is covered
 
 
@@ -215,6 +224,12 @@ def test_nearest_is_the_centred_cosine():
     far, which = m.nearest(x, y)
     assert which.tolist()[0] == 0 and which[2] == 1
     assert far.tolist() == pytest.approx([0, 1 - math.sqrt(0.5), 1 - 0.4 / math.hypot(0.1, 0.4)], abs=1e-6)
+
+
+def test_no_copy_is_nearer_than_0():
+    y = normal(300, 64) * 3 + 10
+    far, which = m.nearest(y[:40], y)
+    assert which.equal(torch.arange(40)) and far.min() >= 0 and far.max() < 1e-12
 
 
 def test_nearer_is_mann_whitney():

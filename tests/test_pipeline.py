@@ -353,7 +353,21 @@ def test_start_latents_are_stocks():
         (dict(negative_prompt=["a", "b"]), "negative_prompt: 2 for 1 prompts"),
         (dict(prompt_embeds=torch.zeros(1, 12, 16)), "either prompt or prompt_embeds"),
         (dict(prompt=None), "either prompt or prompt_embeds"),
-        (dict(prompt=[]), "one or more texts"),
+        (dict(prompt=[]), "prompt is .*one or more texts"),
+        (dict(prompt=3), "prompt is 3, expected one or more texts"),
+        (dict(negative_prompt=[]), "negative_prompt is .*one or more texts"),
+        (dict(prompt="a \udcff"), "prompt 0: bytes that are no UTF-8"),
+        (dict(prompt_2="zebra"), "prompt_2: a model of the family 'sd' reads 1"),
+        (dict(pooled_prompt_embeds=torch.zeros(1, 12)), "pooled_prompt_embeds goes with prompt_embeds"),
+        (dict(negative_pooled_prompt_embeds=torch.zeros(1, 12)), "negative_pooled_prompt_embeds goes with negative_"),
+        (dict(original_size=64), "original_size is 64, expected two"),
+        (dict(negative_target_size=(64,)), r"negative_target_size is \(64,\), expected two"),
+        (dict(guidance_scale=float("nan")), "guidance_scale is nan"),
+        (dict(guidance=None), "guidance is None; expected a name"),
+        (dict(generator=42), "generator is 42; expected torch.Generator"),
+        (dict(height=16.0), "height is 16.0, expected a whole number"),
+        (dict(num_inference_steps=2.0), "num_inference_steps is 2.0, expected a whole number"),
+        (dict(num_images_per_prompt=2.0), "num_images_per_prompt is 2.0, expected a whole number"),
         (dict(negative_prompt_embeds=torch.zeros(1, 12, 5)), "negative_prompt_embeds"),
         (dict(guidance_rescale=2.0), "rescale is 2"),
         (dict(eta=0.5, sampler="euler"), "euler has no option 'eta'"),
@@ -371,5 +385,7 @@ def test_embeddings_whose_company_does_not_fit_are_refused():
     with pytest.raises(ValueError, match=r"prompt_attention_mask: \(2, 6\), expected \(2, 7\), as prompt_embeds"):
         pixart(prompt_embeds=tokens, prompt_attention_mask=torch.ones(2, 6), **call)
     sd3, pooled = ours("mmdit"), tiny.POOLED + 2
+    with pytest.raises(ValueError, match="prompt_3: prompt_embeds say what all encoders do"):
+        sd3(prompt_embeds=torch.zeros(1, 7, tiny.JOINT), prompt_3="zebra", **call)
     with pytest.raises(ValueError, match=rf"pooled_prompt_embeds: \(1, {pooled}\), expected \(2, {pooled}\), one for"):
         sd3(prompt_embeds=torch.zeros(2, 7, tiny.JOINT), pooled_prompt_embeds=torch.zeros(1, pooled), **call)

@@ -21,7 +21,7 @@ from pipelines.lora.files import write_lora
 from pipelines.picture_files import read_settings, save_png
 from pipelines.schedulers import default_schedule
 from tests import lora_made, tiny
-from training import cli
+from training import cli, cli_sample
 
 Ldm = Callable[..., "Said"]
 
@@ -221,6 +221,13 @@ def test_image_and_mask(ldm: Ldm, pipeline: Path, tmp_path: Path) -> None:
 
 
 # --- what it refuses -------------------------------------------------------------------------------------------------
+
+
+def test_a_name_may_begin_with_the_users_own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in --lora=~/style, which no shell resolves."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    Image.new("RGB", (8, 6)).save(tmp_path / "x.png")
+    assert cli_sample._picture("~/x.png", "RGB").size == (8, 6) and cli_sample._lora("~/x.png") == ("~/x.png", 1.0)
 
 
 def test_refuses_what_it_cannot_draw(ldm: Ldm, pipeline: Path, tmp_path: Path) -> None:

@@ -128,6 +128,14 @@ def test_settings_that_are_not_to_be_had_are_refused(given: dict[str, Any], matc
         zero.check(launched(**given))
 
 
+def test_a_config_without_a_stage_is_refused(monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    without = launched()
+    del without.state.deepspeed_plugin.deepspeed_config["zero_optimization"]["stage"]
+    with pytest.raises(ConfigError, match="zero_stage 0"):
+        zero.check(without)
+
+
 def test_what_accelerate_writes_and_sizes_are_taken(monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "0")
     none = {"device": "none", "nvme_path": None}

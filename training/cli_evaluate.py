@@ -61,8 +61,10 @@ def evaluate(
     from .evaluate.report import write_report
 
     say()
-    if retrieval and measures is not None:
-        raise ValueError("--retrieval draws every caption once and --measures some of them: give one of the two")
+    others = {"measures": measures, "clip": clip, "sampler": sampler, "resolution": resolution}
+    others["allow-pickle"] = allow_pickle or None
+    if retrieval and (odd := [name for name, value in others.items() if value is not None]):
+        raise ValueError(f"--retrieval draws every caption once, in its own way: --{odd[0]} does not go with it")
     credit = data / "ATTRIBUTION.md"
     about: dict[str, Any] = {
         "out": out / "report.html",

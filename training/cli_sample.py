@@ -82,7 +82,7 @@ def sample(
     settings = DEFAULTS | (given if again is None else _taken_up(again, given))
     _check(settings)
     for key in ("image", "mask"):
-        if key in settings and out.resolve() == Path(settings[key]).resolve():
+        if key in settings and out.resolve() == Path(settings[key]).expanduser().resolve():
             raise ValueError(f"{out}: is --{key}, and would be written over; give another --out")
     for path in draw(settings, out):
         print(path)
@@ -130,7 +130,7 @@ def _kind(told: str) -> str | dict[str, Any]:
 
 
 def _lora(told: str) -> tuple[str, float]:
-    place, _, weight = told.rpartition(":") if not Path(told).exists() else (told, "", "1")
+    place, _, weight = told.rpartition(":") if not _there(told) else (told, "", "1")
     try:
         return place, float(weight)
     except ValueError as error:
@@ -305,7 +305,7 @@ def _picture(file: str, mode: str) -> Image:
     from PIL import Image, ImageOps
 
     try:
-        with Image.open(file) as opened:
+        with Image.open(Path(file).expanduser()) as opened:
             return ImageOps.exif_transpose(opened).convert(mode)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"{file}: does not open as a picture ({error})") from error

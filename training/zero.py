@@ -70,8 +70,8 @@ def check(accelerator: Accelerator) -> None:
 
     plugin: Any = accelerator.state.deepspeed_plugin
     given = plugin.deepspeed_config["zero_optimization"]
-    if given["stage"] not in (1, 2, 3):
-        raise ConfigError(f"deepspeed zero_stage {given['stage']}: 1, 2 and 3 share something out; else use DDP")
+    if (stage := given.get("stage", 0)) not in (1, 2, 3):
+        raise ConfigError(f"deepspeed zero_stage {stage}: 1, 2 and 3 share something out; else use DDP")
     for name in ("offload_optimizer", "offload_param"):
         if (given.get(name) or {}).get("device", "none") != "none":
             raise ConfigError(f"deepspeed {name}_device: offloading is not supported; set it to none, or use FSDP2")

@@ -104,8 +104,9 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, text: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
         """x (B, N, D), text (B, L, D), bias (B, L), or (B, N) without a text -> (B, N, D)."""
+        q = self.norm_q(self.split(self.to_q(x)))  # first: the order decides in which gradients are summed up
         k, v = once(self._keys_values, x if text is None else text)
-        return self.to_out(self.attend(self.norm_q(self.split(self.to_q(x))), k, v, bias))
+        return self.to_out(self.attend(q, k, v, bias))
 
     def _keys_values(self, seen: Tensor) -> tuple[Tensor, Tensor]:  # (B, M, D) -> (B, M, H, d)
         return self.norm_k(self.split(self.to_k(seen))), self.split(self.to_v(seen))

@@ -25,8 +25,8 @@ class Attention(nn.Module):
         self.to_out = nn.Sequential(Linear(width, width))
 
     def forward(self, x: Tensor, context: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+        q = self._split(self.to_q(x))  # first: the order decides in which gradients are summed up
         k, v = once(self._keys_values, x if context is None else context)
-        q = self._split(self.to_q(x))
         out = attention(q, k, v, bias, backend=self.backend)  # (B, heads, N, d)
         return self.to_out(out.transpose(1, 2).flatten(2))  # (B, N, D)
 

@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 OF_FEATURES = ("fid", "kid", "precision_recall", "nearest")
 OF_MODEL = ("loss", "bits", "throughput")  # not to be had of pictures alone
 MEASURES = (*OF_FEATURES, "clip_score", *OF_MODEL)
-DEFAULT = tuple(x for x in MEASURES if x != "bits")  # which is an ODE for each picture
+DEFAULT = tuple(x for x in MEASURES if x != "bits")  # which is a chain of steps for each picture
 LEAST = {"fid": 2, "kid": 2, "precision_recall": m.NEIGHBOURS + 1, "nearest": 1, "clip_score": 1}  # drawings
 LEAST_REAL = {"fid": 2, "kid": 2, "precision_recall": m.NEIGHBOURS + 1, "nearest": 2}
 SHOWN = 16  # drawings in the report
@@ -210,7 +210,7 @@ def _check_enough(wanted: Sequence[str], drawn: int, train: int, held_out: int) 
             ("held-out pictures", held_out, 2 if name == "nearest" else 0),
         ):
             if there < least:
-                cure = "raise --samples" if what == "drawings" else "give more --data"
+                cure = "raise --samples, or give a folder of more" if what == "drawings" else "give more --data"
                 raise ValueError(f"measures: {name} needs {least} {what} or more, and there are {there}; {cure}")
 
 
@@ -234,11 +234,10 @@ def _about(source: Path, data: str | Path, asked: Asked, drawn: Drawn, train: Ro
 
 
 def _groups(drawn: Drawn) -> Tensor:
-    """(N,) which prompt each was drawn for; each its own where that is not known."""
-    if not drawn.prompts:
-        return torch.arange(len(drawn.files))
-    number = {p.text: i for i, p in enumerate(drawn.prompts)}
-    return torch.tensor([number[p.text] for p in drawn.prompts])
+    """(N,) which prompt each was drawn for; each its own where that is not known, or one prompt is that of all."""
+    texts = [p.text for p in drawn.prompts or ()]
+    number = {text: i for i, text in enumerate(texts)}
+    return torch.tensor([number[text] for text in texts]) if len(number) > 1 else torch.arange(len(drawn.files))
 
 
 def _of_drawn(net: torch.nn.Module, drawn: Drawn, side: int, batch_size: int, progress: Progress) -> Tensor:
@@ -299,19 +298,20 @@ def _take_clip(
 ) -> None:
     prompts: Sequence[Prompt] = found.drawn.prompts or ()
     texts, scores, others = [p.text for p in prompts], [], []
-    apart = max(1, len(texts) // 2)
+    kinds = list(dict.fromkeys(texts))
+    another = dict(zip(kinds, kinds[len(kinds) // 2 :] + kinds[: len(kinds) // 2], strict=True))
     for start in range(0, len(texts), asked.batch_size):
         some = range(start, min(start + asked.batch_size, len(texts)))
         pictures = found.drawn.pictures(some, found.side)
         scores.append(judge(pictures, [texts[i] for i in some], asked.batch_size))
-        others.append(judge(pictures, [texts[(i + apart) % len(texts)] for i in some], asked.batch_size))
+        others.append(judge(pictures, [another[texts[i]] for i in some], asked.batch_size))
         progress("CLIP score", some[-1] + 1, len(texts))
     rows = list(range(min(len(held_out), len(texts))))
     real_ones = judge(held_out.pictures(rows), [held_out.captions[i] for i in rows], asked.batch_size)
     name = f"clip_score:{asked.clip}" if asked.clip else "clip_score_own"
     figure = m.mean_figure(torch.cat(scores), groups, asked.seed)
-    more = {"held_out_pictures": real_ones.mean().item(), "of_another_prompt": torch.cat(others).mean().item()}
-    found.figures[name] = _figure(figure, **more)
+    of_another = torch.cat(others).mean().item() if len(kinds) > 1 else None
+    found.figures[name] = _figure(figure, held_out_pictures=real_ones.mean().item(), of_another_prompt=of_another)
 
 
 def _take_model(

@@ -146,6 +146,7 @@ class ClipPictures(nn.Module):
             raise ValueError(f"{folder}: its config.json is of the model type {kind!r}, expected a CLIPModel's, 'clip'")
         self.model: Any = CLIPModel.from_pretrained(str(folder), use_safetensors=True)
         self.size: int = self.model.config.vision_config.image_size
+        self.kind: str = self.model.config.vision_config.to_json_string()  # what weights do not tell
         settings: dict[str, Any] = {}
         if (folder / "preprocessor_config.json").is_file():
             settings = json.loads((folder / "preprocessor_config.json").read_text(encoding="utf-8"))

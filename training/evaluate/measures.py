@@ -135,7 +135,7 @@ def kid(x: Tensor, y: Tensor, groups: Tensor, seed: int = 0, resamples: int = RE
     of_real = _between(y, torch.ones(1, len(y), dtype=torch.float64)) / (len(y) * (len(y) - 1))
     pairs = n.square() - times.square().sum(1)
     found = _between(x, times) / pairs + of_real - 2 * (times @ across) / n
-    return percentiles(found[0].item(), found[1:])
+    return percentiles(found[0].item(), found[1:][pairs[1:] > 0])  # of few rows a resample may hold one alone
 
 
 def _between(x: Tensor, times: Tensor) -> Tensor:
@@ -202,7 +202,8 @@ def nearest(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     centre = y.double().mean(0)
     goal = F.normalize(y.double() - centre, dim=1)
     found = [(F.normalize(x[rows].double() - centre, dim=1) @ goal.T).max(1) for rows in _blocks(len(x))]
-    return 1 - torch.cat([f.values for f in found]), torch.cat([f.indices for f in found])
+    far = (1 - torch.cat([f.values for f in found])).clamp(min=0)  # rounding would put a copy below 0
+    return far, torch.cat([f.indices for f in found])
 
 
 def nearer(drawn: Tensor, held_out: Tensor, groups: Tensor, seed: int = 0, resamples: int = RESAMPLES // 5) -> Figure:

@@ -50,6 +50,7 @@ def real(rows: Rows, net: nn.Module, name: str, batch_size: int, cache: Path | N
     if len(rows) > MOST:
         chosen = sorted(torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))[:MOST].tolist())
     digest = hashlib.sha256(f"{VERSION} {name} {weights_hash(net)} {rows.shapes} {rows.center_crop}".encode())
+    digest.update(str(getattr(net, "kind", "")).encode())
     for buffer in net.buffers():  # how pictures are normalized is not saved with the weights
         digest.update(buffer.cpu().contiguous().numpy().tobytes())
     digest.update(rows.content()[chosen].tobytes())

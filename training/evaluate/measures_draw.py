@@ -7,6 +7,7 @@ import json
 import os
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +82,10 @@ def speeds(folder: Path, device: torch.device) -> tuple[torch.Tensor, torch.Tens
     which warm up, where there are others."""
     file = folder / "log.jsonl"
     lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
-    rows = [json.loads(x) for x in lines if x.endswith("}")]  # one that was stopped may have left half a line
+    rows = []
+    for line in lines:
+        with suppress(ValueError):  # one that was stopped may have left half a line, with the next one behind it
+            rows.append(json.loads(line))
     rows = [x for x in rows if x["device"] == device_name(device)]
     rows = [x for x in rows if not x["first"]] or rows
     return torch.tensor([x["pictures"] for x in rows]), torch.tensor([x["seconds"] for x in rows])
