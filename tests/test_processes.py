@@ -204,6 +204,7 @@ def test_a_mean_over_unequal_parts():
     ],
 )  # fmt: skip
 def test_a_launch_that_does_not_fit_is_refused(environment, config, match, monkeypatch):
+    Accelerator(cpu=True)  # one process, before the environment says otherwise
     for name in ("WORLD_SIZE", "MASTER_ADDR", "ACCELERATE_MIXED_PRECISION"):
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():

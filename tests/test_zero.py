@@ -22,6 +22,7 @@ from training.clock import ImageClock
 from training.fit import ConfigError
 from training.schema.optim import AdamW, Muon
 
+pytestmark = pytest.mark.usefixtures("own_accelerate")
 STAGES = ("zero1", "zero2", "zero3")
 PARTS = ("net", "net_ema", "net_optimizer")
 
