@@ -7,6 +7,7 @@ import subprocess
 import sys
 import urllib.error
 import urllib.request
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -89,7 +90,12 @@ def test_the_command_serves_a_folder_until_it_is_told_to_end(tmp_path: Path):
         f"{port}",
     ]
     running = subprocess.Popen(
-        command, env={**os.environ, PASSWORD: "correct horse"}, stdout=subprocess.PIPE, text=True, cwd=Path.cwd()
+        command,
+        env={**os.environ, PASSWORD: "correct horse"},
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=Path.cwd(),
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),  # a shell's background job ignores it
     )
     try:
         said = []
