@@ -294,3 +294,17 @@ def test_folders_that_hold_nothing_to_measure(run, judge, tmp_path):
     (tmp_path / "one" / "metadata.jsonl").write_text('{"file_name": "b.png", "text": "x"}\n')
     with pytest.raises(ValueError, match=r"metadata\.jsonl: expected file_name and text of every picture"):
         evaluate(tmp_path / "one", data, tmp_path / "out", Asked(), quiet)
+
+
+def test_without_held_out_pictures_what_needs_them_is_left_out(run, judge, tmp_path):
+    write_split(tmp_path / "data" / "train", [f"picture {i}" for i in range(12)], 5)
+    (tmp_path / "data" / "test").mkdir()
+    one = tmp_path / "data" / "test"
+    Image.new("RGB", (16, 16)).save(one / "a.png")
+    (one / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "x"}\n')
+    found = evaluate(run / "data" / "test", tmp_path / "data", tmp_path / "out", Asked(cache=tmp_path / "cache"), quiet)
+    assert "fid_mobilenetv2" in found.figures and not any(x.startswith("copying") for x in found.figures)
+    assert any("nearest is left out: it needs 2 held-out pictures" in note for note in found.notes)
+    with pytest.raises(ValueError, match="nearest needs 2"):
+        asked = Asked(measures=("nearest",), cache=tmp_path / "cache")
+        evaluate(run / "data" / "test", tmp_path / "data", tmp_path / "out", asked, quiet)

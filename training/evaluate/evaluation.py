@@ -120,6 +120,9 @@ def evaluate(source: str | Path, data: str | Path, out: str | Path, asked: Asked
         painter = Painter(source, asked.where, asked.steps, asked.guidance_scale, asked.sampler)
     train, held_out = _rows(data, asked, source, painter)
     side = train.resolution
+    if len(held_out) < LEAST_REAL["nearest"] and asked.measures is None:
+        why = f"it needs {LEAST_REAL['nearest']} held-out pictures, and {data} has {len(held_out)}"
+        _drop(wanted, ("nearest",), asked, why, notes)
     if painter is None:
         drawn = drawn_already(source, set(train.captions) if judge is not None else None)
         if drawn.prompts is None and judge is not None:
