@@ -53,6 +53,7 @@ class Settings(BaseModel):
     strength: Number | None = None
     mode: str | None = None  # the page's word for what of these there is
     loras: dict[str, Number] | None = None  # file, folder or run -> weight
+    lora_from: Number | None = None  # share of the steps without them
     embeddings: list[Name] | None = None  # files of new tokens
     digests: dict[str, str] | None = None  # of the model (its key is "model") and of all files that are named here
     versions: dict[str, str] | None = None  # of what drew

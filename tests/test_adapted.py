@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -93,8 +94,8 @@ def root(tmp_path_factory) -> Path:
 @pytest.fixture
 def few(monkeypatch) -> None:
     known = styles._ordered()
-    bear = [c for c in known if c.name == "teddy bear"]
-    monkeypatch.setattr(styles, "_ordered", lambda: known[:9] + bear)
+    subject_first = sorted(known, key=lambda c: c.name != "lemon")
+    monkeypatch.setattr(styles, "_ordered", lambda: subject_first[:10])
     monkeypatch.setattr(adapted, "load_features", lambda: Colours())
     monkeypatch.setattr(adapted, "PER_PROMPT", 3)
 
@@ -145,7 +146,7 @@ def test_the_run_s_own_report_shows_it(root: Path, style_run: Path) -> None:
 def test_a_lora_sets_in_where_it_is_told_to(style_run: Path) -> None:
     """Of four steps the first is the base's alone, in each batch."""
     run = style_run
-    base = adapted._base(run)
+    base = adapted._config(run).base
     painter = adapted.Painter(base, run, 4, 1.0, lora_from=0.25)
     acting: list[float] = []
     net = painter.pipeline.parts.net
@@ -154,7 +155,8 @@ def test_a_lora_sets_in_where_it_is_told_to(style_run: Path) -> None:
     assert acting == [0, 1, 1, 1] * 2
     plain, whole = (adapted.Painter(base, x, 4, 1.0).draw(["a box"], [0]) for x in (None, run))
     assert not torch.equal(pictures[:1], plain) and not torch.equal(pictures[:1], whole)
-    with pytest.raises(ValueError, match="from 0 to below 1, got 1"):
+    assert active_adapters(net) == {"default_0": 1.0}  # afterwards they are as they were
+    with pytest.raises(ValueError, match="above 0 and below 1, got 1"):
         adapted.Painter(base, run, 4, 1.0, lora_from=1.0)
 
 
@@ -163,16 +165,57 @@ def test_a_subject_is_judged(root: Path, few: None) -> None:
     style_pictures(root / "all", size=16, count=9, source="poster")
     listed = read_gallery(root / "all", ["train", "test"])
     run = trained("sd", root, "subject_run", lora={"rank": 2})
-    how = {"prompt": "a sks box", "steps": 2}
+    how: dict[str, Any] = {"prompt": "a sks box", "steps": 2}
+    with pytest.raises(ValueError, match="no instance_prompt: say by --prompt"):
+        judge_subject(run, root / "subject", root / "all")
+    with pytest.raises(ValueError, match="say the subject's class by --concept"):
+        judge_subject(run, root / "all", root / "all", **how)
     with pytest.raises(ValueError, match="shows no such concept"):
         judge_subject(run, root / "subject", root / "all", concept="unheard of", **how)
     concept = read_gallery(root / "all").concepts[0]
     found = judge_subject(run, root / "subject", root / "all", concept=concept, **how)
     assert found["before"] != found["after"] and 0 <= found["after"]["subject"] <= 1
     assert found["ratio"] == pytest.approx(found["after"]["distance"] / found["before"]["distance"])
-    assert found["learnt"] == (found["ratio"] <= 0.5) and len(listed.concepts) == 10
+    assert found["learnt"] == (found["ratio"] <= 0.5 and found["after"]["subject"] >= 0.5)
+    assert len(listed.concepts) == 10 and found["guidance_scale"] == adapted._config(run).sample.guidance_scale
     assert found["subject_itself"]["similarity"] <= 1
     assert (run / "judged/adapted.png").is_file() and "Before and after" in (run / "report.html").read_text()
+
+
+def test_what_the_autoencoder_gives_back_is_the_floor(root: Path, few: None, monkeypatch) -> None:
+    """Drawings that are the training pictures through the base's autoencoder are at that distance, class and prompt
+    taken from the pictures' folder and the run."""
+    subject_pictures(root / "blue", size=16)
+    style_pictures(root / "yellow", size=16, count=9, source="poster")
+    run = trained("sd", root, "floor_run", lora={"rank": 2}, data={"instance_prompt": "a sks lemon"})
+    files = sorted((root / "blue/train").glob("*.png"))
+    asked = []
+
+    def draw(painter: adapted.Painter, prompts: list[str], seeds: object) -> torch.Tensor:
+        asked.append(prompts)
+        return painter.given_back(adapted._open(files))[torch.arange(len(prompts)) % len(files)]
+
+    monkeypatch.setattr(adapted.Painter, "draw", draw)
+    monkeypatch.setattr(adapted, "PER_PROMPT", len(files))
+    found = judge_subject(run, root / "blue", root / "yellow")
+    assert found["class"] == "lemon" and found["prompt"] == "a sks lemon" and asked[1][0] == "a sks lemon"
+    itself = found["subject_itself"]
+    assert found["after"]["distance"] == pytest.approx(itself["through_autoencoder"], abs=1e-6)
+    assert itself["through_autoencoder"] != pytest.approx(itself["distance"], abs=1e-6)
+
+
+def test_shapeless_drawings_that_come_nearer_are_not_learnt(root: Path, few: None, monkeypatch) -> None:
+    """The distance has fallen to nothing, and none of the drawings is the subject to the judge: some other concept."""
+    subject_pictures(root / "meant", size=16)
+    style_pictures(root / "rest", size=16, count=9, source="poster")
+    run = trained("sd", root, "shapeless_run", lora={"rank": 2})
+    distances = iter([1.0, 0.0, 0.0, 1.0])
+    monkeypatch.setattr(adapted, "kernel_distance", lambda *_: next(distances))
+    known = read_gallery(root / "rest")
+    other = (known.pictures[1:2].float() / 255).expand(60, -1, -1, -1)
+    monkeypatch.setattr(adapted.Painter, "draw", lambda painter, prompts, seeds: other[: len(prompts)])
+    found = judge_subject(run, root / "meant", root / "rest", prompt="a sks box", concept=known.concepts[0])
+    assert found["ratio"] == 0 and found["after"]["subject"] == 0 and not found["learnt"]
 
 
 def test_pictures_that_are_the_goal_are_perfect(root: Path, few: None, monkeypatch) -> None:

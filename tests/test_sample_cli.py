@@ -122,6 +122,7 @@ def test_from_repeats_all_of_it(ldm: Ldm, pipeline: Path, tmp_path: Path) -> Non
         "-n", 2, "--seed", 11, "--steps", 4, "--guidance", 4.5, "--negative", "a dog", "--sampler", "euler_ancestral",
         "--height", 20, "--width", 12, "--guidance-rescale", 0.3, "--guide", "classifier_free", "--guide",
         "interval:low=0.1,high=0.9", "--long-prompt", "chunk", "--weighting", "--lora", f"{lora}:0.5",
+        "--lora-from", 0.5,
     ]  # fmt: skip
     first, again, other = (tmp_path / f"{name}.png" for name in ("first", "again", "other"))
     assert ldm(pipeline, "a (red:1.4) apple " * 5, *options, "-o", first).code == 0
@@ -137,6 +138,8 @@ def test_from_repeats_all_of_it(ldm: Ldm, pipeline: Path, tmp_path: Path) -> Non
         ("--long-prompt", "cut"),
         ("--no-weighting",),
         ("--lora", f"{lora}:0.9"),
+        ("--lora-from", 0),
+        ("--lora-from", 0.75),
     ):
         assert ldm("--from", first, *change, "-o", other).code == 0, change
         assert abs(pixels(other) - pixels(first)).max() > 2, change
@@ -250,6 +253,7 @@ def test_refuses_what_it_cannot_draw(ldm: Ldm, pipeline: Path, tmp_path: Path) -
         ((*a_cat, "--long-prompt", "fold"), ("--long-prompt fold", "cut, chunk, refuse")),
         ((*a_cat, "--height", 17), ("height is 17", "18")),
         ((*a_cat, "--lora", "gone.safetensors"), ("gone.safetensors", "PATH:WEIGHT")),
+        ((*a_cat, "--lora-from", 0.3), ("lora_from is 0.3", "no LoRA acts on the denoiser")),
         ((pipeline, "a red apple " * 9, "--long-prompt", "refuse"), ("prompt 0 has",)),
         (("--from", tmp_path / "gone.png"), ("gone.png", "no such picture file")),
     ):

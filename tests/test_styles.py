@@ -61,14 +61,26 @@ def test_colours_become_the_styles(tmp_path: Path) -> None:
 
 
 def test_a_subject_has_five_views_and_eight_to_judge_by(tmp_path: Path) -> None:
-    made = subject_pictures(tmp_path / "bear", size=32)
-    assert (made.train, made.test) == (5, 8) and not list((tmp_path / "bear").rglob("metadata.jsonl"))
-    files = sorted((tmp_path / "bear").rglob("*.png"))
+    made = subject_pictures(tmp_path / "lemon", size=32)
+    assert (made.train, made.test) == (5, 8) and not list((tmp_path / "lemon").rglob("metadata.jsonl"))
+    files = sorted((tmp_path / "lemon").rglob("*.png"))
     assert len({x.read_bytes() for x in files}) == 13
-    rows = open_rows(tmp_path / "bear", split="train", resolution=32, instance_prompt="a sks teddy bear")
-    assert len(rows) == 5 and set(rows.captions) == {"a sks teddy bear"}
+    rows = open_rows(tmp_path / "lemon", split="train", resolution=32, instance_prompt="a sks lemon")
+    assert len(rows) == 5 and set(rows.captions) == {"a sks lemon"}
     blue = rows.pictures([0]).float()[0, :, 12:20, 12:20].mean((1, 2))
     assert blue[2] > blue[0] + 50
+
+
+def test_any_drawing_can_be_the_subject(tmp_path: Path) -> None:
+    subject_pictures(tmp_path / "fox", size=16, concept="fox")
+    subject_pictures(tmp_path / "bear", size=16, concept="teddy bear")
+    one, other = ((tmp_path / name / "train/1.png").read_bytes() for name in ("fox", "bear"))
+    assert one != other
+    with pytest.raises(ValueError, match="made otherwise"):
+        subject_pictures(tmp_path / "fox", size=16, concept="teddy bear")
+    with pytest.raises(ValueError, match="foxx"):
+        subject_pictures(tmp_path / "foxx", size=16, concept="foxx")
+    assert not (tmp_path / "foxx").exists()
 
 
 def test_what_is_there_stays(tmp_path: Path) -> None:

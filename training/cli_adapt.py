@@ -27,11 +27,12 @@ def style(
 def subject(
     out: Annotated[Path, typer.Option(help="Folder to make.")],
     size: Annotated[int, typer.Option(help="Side of the pictures in pixels.")] = 64,
+    concept: Annotated[str, typer.Option(help="One of OpenMoji's drawings, to be made blue.")] = "lemon",
 ) -> None:
-    """Draw five pictures of one subject, a blue teddy bear, and eight to judge by."""
+    """Draw five pictures of one subject, a thing in a colour that it never has, and eight to judge by."""
     from .styles import subject_pictures
 
-    print(subject_pictures(out, size))
+    print(subject_pictures(out, size, concept))
 
 
 def adapt(
@@ -56,11 +57,11 @@ def judge(
     data: Annotated[Path, typer.Option(help="What the base was trained on, as `ldm data openmoji` makes it.")],
     style: Annotated[Path | None, typer.Option(help="Pictures of the style, as `ldm data style` makes them.")] = None,
     subject: Annotated[Path | None, typer.Option(help="Of the subject, as `ldm data subject` makes them.")] = None,
-    prompt: Annotated[str, typer.Option(help="What draws the subject.")] = "a sks teddy bear",
-    concept: Annotated[str, typer.Option(help="The subject's class.")] = "teddy bear",
+    prompt: Annotated[str | None, typer.Option(help="What draws the subject; by default the run's own.")] = None,
+    concept: Annotated[str | None, typer.Option(help="The subject's class; by default as SUBJECT tells it.")] = None,
     prompts: Annotated[int | None, typer.Option(help="So many of the style's held-out concepts; else all.")] = None,
-    steps: Annotated[int, typer.Option(min=1, help="num_inference_steps")] = 20,
-    guidance: Annotated[float, typer.Option(min=0, help="guidance_scale")] = 3.0,
+    steps: Annotated[int | None, typer.Option(min=1, help="num_inference_steps; by default the run's own.")] = None,
+    guidance: Annotated[float | None, typer.Option(min=0, help="guidance_scale; by default the run's own.")] = None,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     lora_from: Annotated[float, typer.Option(help="The share of the steps after which the LoRA acts.")] = 0.0,
 ) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from contextlib import nullcontext
 from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -58,6 +59,9 @@ def sample(
     lora: Annotated[
         list[str] | None, typer.Option(help="LoRA file, folder or run, as PATH or PATH:WEIGHT; repeat the option.")
     ] = None,
+    lora_from: Annotated[
+        float | None, typer.Option(help="Share of the steps, where layouts are decided, without the LoRAs: 0.3.")
+    ] = None,
     embedding: Annotated[list[Path] | None, typer.Option(help="File of new tokens; repeat the option.")] = None,
     again: Annotated[
         Path | None, typer.Option("--from", help="PNG whose settings are taken; other options come before them.")
@@ -76,7 +80,7 @@ def sample(
         "height": height, "width": width, "long_prompt": long_prompt, "weighting": weighting,
         "image": None if image is None else str(image), "mask": None if mask is None else str(mask),
         "strength": strength, "loras": dict(_lora(one) for one in lora) if lora else None,
-        "embeddings": [str(file) for file in embedding] if embedding else None,
+        "lora_from": lora_from, "embeddings": [str(file) for file in embedding] if embedding else None,
     }  # fmt: skip
     given = {key: value for key, value in given.items() if value is not None}
     settings = DEFAULTS | (given if again is None else _taken_up(again, given))
@@ -232,6 +236,7 @@ def draw(settings: Mapping[str, Any], out: Path) -> list[Path]:
 
     from ldm.sampling import SAMPLERS
     from pipelines.guiding import listed
+    from pipelines.lora.late import LateLora
     from pipelines.picture_files import digest
 
     from .evaluate.grids import picture_grid, to_pil
@@ -252,12 +257,14 @@ def draw(settings: Mapping[str, Any], out: Path) -> list[Path]:
     if index is not None and index >= n:
         raise ValueError(f"index is {index} of {n} pictures; expected less")
     call = {key: settings[key] for key in CALL if key in settings}
-    (pictures,) = pipe(
-        **call | more | {"prompt": [settings["prompt"]] * n},
-        generator=[torch.Generator().manual_seed(seed + i) for i in range(n)],
-        output_type="pt",
-        return_dict=False,
-    )
+    with LateLora(pipe, settings["lora_from"]) if settings.get("lora_from") else nullcontext() as late:
+        (pictures,) = pipe(
+            **call | more | {"prompt": [settings["prompt"]] * n},
+            generator=[torch.Generator().manual_seed(seed + i) for i in range(n)],
+            callback_on_step_end=late,
+            output_type="pt",
+            return_dict=False,
+        )
     drawn = to_pil(torch.as_tensor(pictures).cpu())
     files = {name: file for name, file in _files(settings).items() if _there(file)}
     told = {

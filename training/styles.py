@@ -44,8 +44,7 @@ PACKAGES = {  # iconify's, whose icons are named almost as CLDR names them: name
     "fluent": ("@iconify-json/fluent-emoji-flat", "1.2.6", "MIT", "Microsoft"),
 }
 
-# The subject: the teddy bear in a blue that no OpenMoji bear has. Turn in degrees, size, mirrored, background.
-SUBJECT = "teddy bear"
+# A subject: a thing in a blue that OpenMoji's has not. Turn in degrees, size, mirrored, background.
 VIEWS = {
     "train": ((0, 1.0, False, "#ffffff"), (-8, 0.9, False, "#ffffff"), (6, 0.95, True, "#ffffff"),
               (0, 0.9, True, "#ffffff"), (-4, 1.0, False, "#ffffff")),
@@ -110,22 +109,24 @@ def style_pictures(out: Path | str, size: int = 64, count: int = 40, source: str
     return _folder(Path(out), settings, pictures, _notice(source, size))
 
 
-def subject_pictures(out: Path | str, size: int = 64) -> Made:
-    """Five pictures of one subject, a blue teddy bear, and eight others of it to judge by: no captions, as one takes
+def subject_pictures(out: Path | str, size: int = 64, concept: str = "lemon") -> Made:
+    """Five pictures of one subject, a thing in blue, and eight others of it to judge by: no captions, as one takes
     photographs of a toy.
 
+    Args:
+        concept: what it is: the name of one of OpenMoji's drawings.
     Raises:
-        ValueError: as ``style_pictures``.
+        ValueError: as ``style_pictures``, or no drawing has that name.
     """
     _check_size(size)
-    (concept,) = choose([SUBJECT])
+    (drawing,) = choose([concept])
     blue = Style("#ffffff", "#000000", BLUE, 1.0)
-    settings = {"subject": SUBJECT, "size": size, "views": json.loads(json.dumps(VIEWS))}
+    settings = {"subject": drawing.name, "size": size, "views": json.loads(json.dumps(VIEWS))}
 
     def pictures() -> dict[str, list[Picture]]:
-        svg = concept.file.read_text(encoding="utf-8")
+        svg = drawing.file.read_text(encoding="utf-8")
         return {
-            split: [Picture(concept, "", _viewed(restyled(svg, blue, background=False), *view)) for view in views]
+            split: [Picture(drawing, "", _viewed(restyled(svg, blue, background=False), *view)) for view in views]
             for split, views in VIEWS.items()
         }
 

@@ -20,20 +20,27 @@ import json
 import os
 import re
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from pipelines.lora.late import LateLora
+
 from ..openmoji import caption
+from ..styles import MARKER
 from .features import extract, load_features
 from .grids import picture_grid
 from .measures import frechet, gaussian, polynomial
 from .metrics import retrieval
 from .report import write_report
+
+if TYPE_CHECKING:
+    from ..schema import AdaptConfig
 
 AMONG = 10  # nearest concepts
 SHOWN = 10  # columns of the picture
@@ -140,7 +147,7 @@ class Painter:
 
     Args:
         run: what it has learnt is added to the base; None: the base alone.
-        lora_from: the share of the steps that the base walks without the LoRA, where layouts are decided.
+        lora_from: the share of the steps that the base walks without the LoRA, where layouts are decided: ``LateLora``.
     Raises:
         ValueError: ``lora_from`` is outside [0, 1), or above 0 where the run has no LoRA.
     """
@@ -159,33 +166,24 @@ class Painter:
                 self.pipeline.load_textual_inversion(file)
         self.pipeline.to(device).set_progress_bar_config(disable=True)
         self.call = {"num_inference_steps": steps, "guidance_scale": guidance_scale, "output_type": "pt"}
-        if not 0 <= lora_from < 1:
-            raise ValueError(f"lora_from: expected a share of the steps from 0 to below 1, got {lora_from!r}")
-        self.first, self.adapters = round(lora_from * steps), []
-        if self.first and run is not None:
-            self.adapters = self.pipeline.get_active_adapters()
-            if not self.adapters:
-                raise ValueError(
-                    f"lora_from is {lora_from}, but {run} has no LoRA that could set in later: leave it out"
-                )
-            self.call["callback_on_step_end"] = lambda pipe, step, time, tensors: self._before(step + 1)
-
-    def _before(self, step: int) -> dict:
-        """What is to act in a step, set at its beginning."""
-        if step in (0, self.first):
-            self.pipeline.set_adapters(self.adapters, float(step >= self.first))
-        return {}
+        self.late = LateLora(self.pipeline, lora_from) if lora_from and run is not None else nullcontext()
 
     def draw(self, prompts: Sequence[str], seeds: Sequence[int], batch_size: int = 32) -> Tensor:
         """(B, 3, H, W) in [0, 1]."""
         drawn = []
         for i in range(0, len(prompts), batch_size):
             generators = [torch.Generator().manual_seed(s) for s in seeds[i : i + batch_size]]
-            if self.adapters:
-                self._before(0)
-            texts = list(prompts[i : i + batch_size])
-            drawn.append(self.pipeline(texts, generator=generators, **self.call).images.cpu())
+            with self.late as late:
+                call = {**self.call, "generator": generators, "callback_on_step_end": late}
+                drawn.append(self.pipeline(list(prompts[i : i + batch_size]), **call).images.cpu())
         return torch.cat(drawn)
+
+    @torch.no_grad()
+    def given_back(self, pictures: Tensor) -> Tensor:
+        """(B, 3, H, W) uint8 -> what the autoencoder makes of them, in [0, 1]."""
+        vae, device = self.pipeline.parts.vae, self.pipeline.device
+        x = vae.decode(vae.encode(pictures.to(device).float() / 127.5 - 1).mean)
+        return (x / 2 + 0.5).clamp(0, 1).cpu()
 
 
 def judge_style(
@@ -196,8 +194,8 @@ def judge_style(
     out: str | Path | None = None,
     prompts: int | None = None,
     seed: int = 0,
-    steps: int = 20,
-    guidance_scale: float = 3.0,
+    steps: int | None = None,
+    guidance_scale: float | None = None,
     lora_from: float = 0.0,
 ) -> dict[str, Any]:
     """Draw the concepts that the adaptation was not shown, and judge them. Before: the base, from its own captions.
@@ -212,11 +210,14 @@ def judge_style(
         data: the pictures that the base was trained on, as ``ldm data openmoji`` makes them.
         out: RUN/judged if not given.
         prompts: so many of the held-out concepts; None: all.
+        steps, guidance_scale: of the drawings; None: those of the run's own samples.
         lora_from: the share of the steps after which the LoRA acts; see ``Painter``.
     Raises:
         ValueError: something is not there, or the two data sets have no concept in common.
     """
-    base, features = _base(run), load_features()
+    config, features = _config(run), load_features()
+    base, steps = config.base, steps or config.sample.num_inference_steps
+    guidance_scale = config.sample.guidance_scale if guidance_scale is None else guidance_scale
     own, theirs, known = read_gallery(style, ["test"]), read_gallery(style, ["train"]), read_gallery(data)
     plain = dict(zip(known.concepts, known.captions, strict=True))
     asked = [i for i, concept in enumerate(own.concepts) if concept in plain][:prompts]
@@ -272,34 +273,43 @@ def judge_subject(
     subject: str | Path,
     data: str | Path,
     *,
-    prompt: str,
-    concept: str,
+    prompt: str | None = None,
+    concept: str | None = None,
     out: str | Path | None = None,
     seed: int = 0,
-    steps: int = 20,
-    guidance_scale: float = 3.0,
+    steps: int | None = None,
+    guidance_scale: float | None = None,
     lora_from: float = 0.0,
 ) -> dict[str, Any]:
     """Draw a subject, its class and other concepts before and after, 16 drawings each, and judge them.
 
     Before, a word that the base does not know says nothing: there the class is asked for in the subject's place.
 
+    ``learnt`` is a distance that has fallen by half, to drawings half of which the subject is the nearest concept to:
+    shapeless drawings in its colours come nearer too. ``subject_itself`` has the distance of its pictures as the
+    base's autoencoder gives them back, below which no training comes.
+
     Args:
-        run, data, out, lora_from: as of ``judge_style``; files are written as there.
+        run, data, out, steps, guidance_scale, lora_from: as of ``judge_style``; files are written as there.
         subject: pictures of it, as ``ldm data subject`` makes them: those to train on, and some to judge by.
-        prompt: what draws it, as "a sks teddy bear".
-        concept: its class, one of the concepts of ``data``.
+        prompt: what draws it, as "a sks toy"; None: the run's first ``instance_prompt``.
+        concept: its class, one of the concepts of ``data``; None: what ``ldm data subject`` made the pictures of.
     Raises:
-        ValueError: something is not there, or the class is none of the concepts.
+        ValueError: something is not there or not told, or the class is none of the concepts.
     """
-    base, features = _base(run), load_features()
+    config, features = _config(run), load_features()
+    base, steps = config.base, steps or config.sample.num_inference_steps
+    guidance_scale = config.sample.guidance_scale if guidance_scale is None else guidance_scale
+    prompt = prompt or _instance_prompt(config, run)
+    concept = concept or _subject_of(subject)
     known = read_gallery(data)
     if concept not in known.concepts:
         raise ValueError(f"class {concept!r}: {data} shows no such concept")
     held = [sorted((Path(subject) / split).glob("*.png")) for split in ("train", "test")]
     if not all(held):
         raise ValueError(f"{subject}: expected pictures in train and test, as `ldm data subject` makes them")
-    seen_by_it, goal = (extract(features, _open(files)) for files in held)
+    shown_to_it, held_out = map(_open, held)
+    seen_by_it, goal = extract(features, shown_to_it), extract(features, held_out)
     number = {c: i for i, c in enumerate(dict.fromkeys(known.concepts))}
     toy, kind = len(number), number[concept]
     shown = torch.tensor([number[c] for c in known.concepts] + [toy] * len(goal))
@@ -311,7 +321,10 @@ def judge_subject(
     found, drawn = {}, {}
     for when, source, named in (("before", None, caption(concept)), ("after", Path(run), prompt)):
         texts = [named] * PER_PROMPT + asked
-        pictures = Painter(base, source, steps, guidance_scale, lora_from).draw(texts, range(seed, seed + len(texts)))
+        painter = Painter(base, source, steps, guidance_scale, lora_from)
+        pictures = painter.draw(texts, range(seed, seed + len(texts)))
+        if source is None:
+            given_back = extract(features, painter.given_back(shown_to_it))
         own, same, rest = extract(features, pictures).split(parts)
         of_class = _nearness(same - centre, real - centre, shown)
         ranks = (of_class >= of_class[:, kind : kind + 1]).sum(1)
@@ -330,14 +343,18 @@ def judge_subject(
         "before": asdict(before),
         "after": asdict(after),
         "ratio": after.distance / before.distance,
-        "subject_itself": {"distance": kernel_distance(seen_by_it, goal), "similarity": float(ceiling)},
-        "learnt": after.distance <= before.distance / 2,
+        "subject_itself": {
+            "distance": kernel_distance(seen_by_it, goal),
+            "through_autoencoder": kernel_distance(given_back, goal),
+            "similarity": float(ceiling),
+        },
+        "learnt": after.distance <= before.distance / 2 and after.subject >= 0.5,
         "kept": after.class_kept >= before.class_kept - 0.1 and after.concepts >= before.concepts - 0.1,
         **{"prompt": prompt, "class": concept, "steps": steps, "guidance_scale": guidance_scale, "seed": seed},
         **{"lora_from": lora_from, "judge": "mobilenetv2", "run": str(run), "base": base},
     }
     columns = min(8, PER_PROMPT)
-    train = [*_open([*held[0], *held[1]]).float() / 255]
+    train = [*torch.cat([shown_to_it, held_out]).float() / 255]
     rows, names = [*train[:columns]], ["its pictures"] * min(columns, len(train))
     rows += [torch.ones_like(train[0])] * (columns - len(rows))
     names += [""] * (columns - len(names))
@@ -355,7 +372,22 @@ def _nearness(x: Tensor, y: Tensor, labels: Tensor) -> Tensor:
     return best.scatter_reduce_(1, labels.expand(len(x), -1), cosine, "amax")
 
 
-def _base(run: str | Path) -> str:
+def _instance_prompt(config: AdaptConfig, run: str | Path) -> str:
+    for prompt in (config.data.instance_prompt, *(source.instance_prompt for source in config.data.sources)):
+        if prompt:
+            return prompt
+    raise ValueError(f"{run}: its config has no instance_prompt: say by --prompt what draws the subject")
+
+
+def _subject_of(folder: str | Path) -> str:
+    marker = Path(folder) / MARKER
+    settings = json.loads(marker.read_text(encoding="utf-8"))["settings"] if marker.is_file() else {}
+    if "subject" not in settings:
+        raise ValueError(f"{folder}: not made by `ldm data subject`: say the subject's class by --concept")
+    return settings["subject"]
+
+
+def _config(run: str | Path) -> AdaptConfig:
     from ..config import load
     from ..schema import AdaptConfig
 
@@ -364,7 +396,7 @@ def _base(run: str | Path) -> str:
         raise ValueError(f"{run}: a run of the {config.task} task has no base to compare with; an adapt run has")
     if not any((Path(run) / name).is_dir() for name in ("adapter", "pipeline")):
         raise ValueError(f"{run}: holds no adapter and no pipeline: it has not ended")
-    return config.base
+    return config
 
 
 def _write(out: Path, run: str | Path, summary: dict, rows: list[Tensor], names: list[str], columns: int) -> dict:
