@@ -146,7 +146,7 @@ def test_the_run_s_own_report_shows_it(root: Path, style_run: Path) -> None:
 def test_a_lora_sets_in_where_it_is_told_to(style_run: Path) -> None:
     """Of four steps the first is the base's alone, in each batch."""
     run = style_run
-    base = adapted._config(run).base
+    base = adapted._config(run, 0.0).base
     painter = adapted.Painter(base, run, 4, 1.0, lora_from=0.25)
     acting: list[float] = []
     net = painter.pipeline.parts.net
@@ -156,8 +156,17 @@ def test_a_lora_sets_in_where_it_is_told_to(style_run: Path) -> None:
     plain, whole = (adapted.Painter(base, x, 4, 1.0).draw(["a box"], [0]) for x in (None, run))
     assert not torch.equal(pictures[:1], plain) and not torch.equal(pictures[:1], whole)
     assert active_adapters(net) == {"default_0": 1.0}  # afterwards they are as they were
-    with pytest.raises(ValueError, match="above 0 and below 1, got 1"):
-        adapted.Painter(base, run, 4, 1.0, lora_from=1.0)
+
+
+def test_where_it_sets_in_is_checked_before_anything_is_drawn(root: Path, style_run: Path, monkeypatch) -> None:
+    monkeypatch.setattr(adapted.Painter, "draw", lambda *_: pytest.fail("drawn"))
+    how = {"style": root / "style", "data": root / "known"}
+    with pytest.raises(ValueError, match="from 0 to below 1, got 1"):
+        judge_style(style_run, **how, lora_from=1.0)
+    words = trained("sd", root, "words_run", new_tokens=[{"token": "<toy>"}], train_denoiser=False,
+                    data={"instance_prompt": "a <toy>"})  # fmt: skip
+    with pytest.raises(ValueError, match="words_run has no LoRA"):
+        judge_style(words, **how, lora_from=0.3)
 
 
 def test_a_subject_is_judged(root: Path, few: None) -> None:
@@ -177,7 +186,7 @@ def test_a_subject_is_judged(root: Path, few: None) -> None:
     assert found["before"] != found["after"] and 0 <= found["after"]["subject"] <= 1
     assert found["ratio"] == pytest.approx(found["after"]["distance"] / found["before"]["distance"])
     assert found["learnt"] == (found["ratio"] <= 0.5 and found["after"]["subject"] >= 0.5)
-    assert len(listed.concepts) == 10 and found["guidance_scale"] == adapted._config(run).sample.guidance_scale
+    assert len(listed.concepts) == 10 and found["guidance_scale"] == adapted._config(run, 0.0).sample.guidance_scale
     assert found["subject_itself"]["similarity"] <= 1
     assert (run / "judged/adapted.png").is_file() and "Before and after" in (run / "report.html").read_text()
 

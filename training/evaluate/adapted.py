@@ -148,8 +148,6 @@ class Painter:
     Args:
         run: what it has learnt is added to the base; None: the base alone.
         lora_from: the share of the steps that the base walks without the LoRA, where layouts are decided: ``LateLora``.
-    Raises:
-        ValueError: ``lora_from`` is outside [0, 1), or above 0 where the run has no LoRA.
     """
 
     def __init__(self, base: str, run: Path | None, steps: int, guidance_scale: float, lora_from: float = 0.0):
@@ -213,9 +211,10 @@ def judge_style(
         steps, guidance_scale: of the drawings; None: those of the run's own samples.
         lora_from: the share of the steps after which the LoRA acts; see ``Painter``.
     Raises:
-        ValueError: something is not there, or the two data sets have no concept in common.
+        ValueError: something is not there, the two data sets have no concept in common, or ``lora_from`` is outside
+            [0, 1), or above 0 where the run has no LoRA.
     """
-    config, features = _config(run), load_features()
+    config, features = _config(run, lora_from), load_features()
     base, steps = config.base, steps or config.sample.num_inference_steps
     guidance_scale = config.sample.guidance_scale if guidance_scale is None else guidance_scale
     own, theirs, known = read_gallery(style, ["test"]), read_gallery(style, ["train"]), read_gallery(data)
@@ -287,7 +286,7 @@ def judge_subject(
 
     ``learnt`` is a distance that has fallen by half, to drawings half of which the subject is the nearest concept to:
     shapeless drawings in its colours come nearer too. ``subject_itself`` has the distance of its pictures as the
-    base's autoencoder gives them back, below which no training comes.
+    base's autoencoder gives them back, below which training behind it hardly comes.
 
     Args:
         run, data, out, steps, guidance_scale, lora_from: as of ``judge_style``; files are written as there.
@@ -297,7 +296,7 @@ def judge_subject(
     Raises:
         ValueError: something is not there or not told, or the class is none of the concepts.
     """
-    config, features = _config(run), load_features()
+    config, features = _config(run, lora_from), load_features()
     base, steps = config.base, steps or config.sample.num_inference_steps
     guidance_scale = config.sample.guidance_scale if guidance_scale is None else guidance_scale
     prompt = prompt or _instance_prompt(config, run)
@@ -387,7 +386,8 @@ def _subject_of(folder: str | Path) -> str:
     return settings["subject"]
 
 
-def _config(run: str | Path) -> AdaptConfig:
+def _config(run: str | Path, lora_from: float) -> AdaptConfig:
+    """The run's, if it has ended and its LoRA can set in there."""
     from ..config import load
     from ..schema import AdaptConfig
 
@@ -396,6 +396,10 @@ def _config(run: str | Path) -> AdaptConfig:
         raise ValueError(f"{run}: a run of the {config.task} task has no base to compare with; an adapt run has")
     if not any((Path(run) / name).is_dir() for name in ("adapter", "pipeline")):
         raise ValueError(f"{run}: holds no adapter and no pipeline: it has not ended")
+    if not 0 <= lora_from < 1:
+        raise ValueError(f"lora_from: expected a share of the steps from 0 to below 1, got {lora_from!r}")
+    if lora_from and not (Path(run) / "adapter" / "pytorch_lora_weights.safetensors").is_file():
+        raise ValueError(f"lora_from is {lora_from}, but {run} has no LoRA that could set in later: leave it out")
     return config
 
 
