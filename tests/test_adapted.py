@@ -146,7 +146,7 @@ def test_the_run_s_own_report_shows_it(root: Path, style_run: Path) -> None:
 def test_a_lora_sets_in_where_it_is_told_to(style_run: Path) -> None:
     """Of four steps the first is the base's alone, in each batch."""
     run = style_run
-    base = adapted._config(run, 0.0).base
+    base = adapted._settings(run)[0].base
     painter = adapted.Painter(base, run, 4, 1.0, lora_from=0.25)
     acting: list[float] = []
     net = painter.pipeline.parts.net
@@ -186,7 +186,7 @@ def test_a_subject_is_judged(root: Path, few: None) -> None:
     assert found["before"] != found["after"] and 0 <= found["after"]["subject"] <= 1
     assert found["ratio"] == pytest.approx(found["after"]["distance"] / found["before"]["distance"])
     assert found["learnt"] == (found["ratio"] <= 0.5 and found["after"]["subject"] >= 0.5)
-    assert len(listed.concepts) == 10 and found["guidance_scale"] == adapted._config(run, 0.0).sample.guidance_scale
+    assert len(listed.concepts) == 10 and found["guidance_scale"] == adapted._settings(run)[0].sample.guidance_scale
     assert found["subject_itself"]["similarity"] <= 1
     assert (run / "judged/adapted.png").is_file() and "Before and after" in (run / "report.html").read_text()
 

@@ -19,8 +19,7 @@ class LateLora:
         pipe: one of this package's, with the LoRAs and weights that are to act.
         share: of the steps; at least the first is the base's.
     Raises:
-        ValueError: share is outside (0, 1), or no LoRA acts on the denoiser; on entering, one of them holds a part of
-            the base's weights (pissa, olora), without which there is no base.
+        ValueError: share is outside (0, 1), or no LoRA acts on the denoiser; on entering, one is fused.
     """
 
     def __init__(self, pipe: Any, share: float):

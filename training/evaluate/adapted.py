@@ -214,9 +214,8 @@ def judge_style(
         ValueError: something is not there, the two data sets have no concept in common, or ``lora_from`` is outside
             [0, 1), or above 0 where the run has no LoRA.
     """
-    config, features = _config(run, lora_from), load_features()
-    base, steps = config.base, steps or config.sample.num_inference_steps
-    guidance_scale = config.sample.guidance_scale if guidance_scale is None else guidance_scale
+    config, steps, guidance_scale = _settings(run, steps, guidance_scale, lora_from)
+    base, features = config.base, load_features()
     own, theirs, known = read_gallery(style, ["test"]), read_gallery(style, ["train"]), read_gallery(data)
     plain = dict(zip(known.concepts, known.captions, strict=True))
     asked = [i for i, concept in enumerate(own.concepts) if concept in plain][:prompts]
@@ -296,9 +295,8 @@ def judge_subject(
     Raises:
         ValueError: something is not there or not told, or the class is none of the concepts.
     """
-    config, features = _config(run, lora_from), load_features()
-    base, steps = config.base, steps or config.sample.num_inference_steps
-    guidance_scale = config.sample.guidance_scale if guidance_scale is None else guidance_scale
+    config, steps, guidance_scale = _settings(run, steps, guidance_scale, lora_from)
+    base, features = config.base, load_features()
     prompt = prompt or _instance_prompt(config, run)
     concept = concept or _subject_of(subject)
     known = read_gallery(data)
@@ -386,8 +384,10 @@ def _subject_of(folder: str | Path) -> str:
     return settings["subject"]
 
 
-def _config(run: str | Path, lora_from: float) -> AdaptConfig:
-    """The run's, if it has ended and its LoRA can set in there."""
+def _settings(
+    run: str | Path, steps: int | None = None, guidance_scale: float | None = None, lora_from: float = 0.0
+) -> tuple[AdaptConfig, int, float]:
+    """The config of a run that has ended and whose LoRA can set in there, and how it is drawn: as told, or as it says."""
     from ..config import load
     from ..schema import AdaptConfig
 
@@ -400,7 +400,12 @@ def _config(run: str | Path, lora_from: float) -> AdaptConfig:
         raise ValueError(f"lora_from: expected a share of the steps from 0 to below 1, got {lora_from!r}")
     if lora_from and not (Path(run) / "adapter" / "pytorch_lora_weights.safetensors").is_file():
         raise ValueError(f"lora_from is {lora_from}, but {run} has no LoRA that could set in later: leave it out")
-    return config
+    sample = config.sample
+    return (
+        config,
+        sample.num_inference_steps if steps is None else steps,
+        sample.guidance_scale if guidance_scale is None else guidance_scale,
+    )
 
 
 def _write(out: Path, run: str | Path, summary: dict, rows: list[Tensor], names: list[str], columns: int) -> dict:
