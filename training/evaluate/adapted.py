@@ -387,7 +387,7 @@ def _subject_of(folder: str | Path) -> str:
 def _settings(
     run: str | Path, steps: int | None = None, guidance_scale: float | None = None, lora_from: float = 0.0
 ) -> tuple[AdaptConfig, int, float]:
-    """The config of a run that has ended and whose LoRA can set in there, and how it is drawn: as told, or as it says."""
+    """The config of an ended run whose LoRA can set in there, and how the run is drawn: as told, or as it says."""
     from ..config import load
     from ..schema import AdaptConfig
 
