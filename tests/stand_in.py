@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import multiprocessing
 from collections.abc import Callable, Sequence
@@ -115,7 +116,9 @@ def forked(work: Callable[[Connection], None]) -> tuple[Any, Connection]:
     context = multiprocessing.get_context("fork")
     here, there = context.Pipe()
     child = context.Process(target=work, args=(there,))
+    gc.freeze()  # a destructor of what is this process's could wait for a thread that the child has not
     child.start()
+    gc.unfreeze()
     there.close()
     return child, here
 
