@@ -230,8 +230,8 @@ def _fitted(config: AdaptConfig, said: set[str]) -> AdaptConfig:
     for share in shares:
         tried = _trained(config, batches[0], share)
         memory = training_memory(
-            *network_of(tried), batches[0], averaged=bool(config.ema_decay), autocast=autocast,
-            state_bytes=config.optimizer.state_bytes, frozen_bytes=frozen_bytes(tried, device, mixed),
+            *network_of(tried), batches[0], averaged=bool(config.ema_decay), device_type=device.type,
+            autocast=autocast, state_bytes=config.optimizer.state_bytes, frozen_bytes=frozen_bytes(tried, device, mixed),
         )  # fmt: skip
         free = room - (memory.total - memory.activations)
         batch = next((n for n in batches if n / batches[0] * memory.activations <= free), batches[-1])
@@ -272,6 +272,7 @@ def adapt(
 
     Raises:
         ConfigError, DataError: as ``adapt_config``; or OUT.yaml is there and says something else.
+        DoesNotFit: the run takes more memory than is free; OUT.yaml is written, and nothing else.
     """
     import typer
 

@@ -3,31 +3,53 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 Forward = Callable[[nn.Module, int], Tensor]  # (network, rows in the batch) -> its output, on whatever device it is
+HALF = (torch.float16, torch.bfloat16)
+# Operations that autocast runs in float32 on CUDA and leaves as they are on a CPU: AT_FORALL_FP32 and its two relatives
+# in ATen/autocast_mode.h, without those that the CPU's own list has too. Where the lists differ otherwise, nothing is
+# held in another precision: CUDA's `cat` and `stack` promote by themselves.
+CUDA_FLOAT32 = (
+    "acos", "asin", "cosh", "erfinv", "exp", "expm1", "log", "log10", "log2", "log1p", "reciprocal", "rsqrt", "sinh",
+    "tan", "pow.Tensor_Scalar", "pow.Tensor_Tensor", "pow.Scalar", "softplus", "layer_norm", "native_layer_norm",
+    "rms_norm", "group_norm", "frobenius_norm.dim", "nuclear_norm", "nuclear_norm.dim", "cosine_similarity", "dist",
+    "pdist", "renorm", "logsumexp", "upsample_nearest1d", "_upsample_nearest_exact1d", "upsample_nearest2d",
+    "_upsample_nearest_exact2d", "upsample_nearest3d", "_upsample_nearest_exact3d", "upsample_linear1d",
+    "upsample_bilinear2d", "_upsample_bilinear2d_aa", "upsample_trilinear3d", "upsample_bicubic2d",
+    "_upsample_bicubic2d_aa", "softmax.int", "log_softmax.int", "cumprod", "cumsum", "linalg_vector_norm",
+    "linalg_matrix_norm", "linalg_matrix_norm.str_ord", "sum", "sum.dim_IntList", "norm.Scalar", "norm.ScalarOpt_dim",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes at the moment of a training step when most is in use; ``average`` is the EMA's float32 copy."""
+    """Bytes at the moment of a training step when most is in use; ``average`` is the EMA's float32 copy, ``buckets``
+    are DDP's, in which gradients travel."""
 
     weights: int
     gradients: int
     optimizer: int
     average: int
     activations: int
+    buckets: int = 0
 
     @property
     def total(self) -> int:
-        return self.weights + self.gradients + self.optimizer + self.average + self.activations
+        return self.weights + self.gradients + self.optimizer + self.average + self.activations + self.buckets
+
+    def replicated(self, trained: int) -> Memory:
+        """Of one of several processes under DDP, whose buckets hold every gradient (``trained`` float32 numbers) a
+        second time: ``gradient_as_bucket_view`` is off."""
+        return replace(self, buckets=4 * trained)
 
     def shared(self, world: int) -> Memory:
         """Of one of ``world`` processes that share all but the activations out (FSDP2)."""
@@ -64,25 +86,32 @@ def training_memory(
     batch: int,
     *,
     averaged: bool,
+    device_type: str = "cpu",
     autocast: torch.dtype | None = None,
     state_bytes: float = 8.0,
     frozen_bytes: float = 4.0,
 ) -> Memory:
     """Of a training step, from one that runs on tensors without data, however large the network.
 
+    Attention is taken to be one of the fused kernels (flash, memory-efficient, xFormers): they hold the same for the
+    backward pass, q, k, v, the output and a float32 number for each query.
+
     Args:
         batch: rows in a micro-batch.
         averaged: a moving average is kept.
+        device_type: ``cuda`` or ``cpu``: what the step is planned for, on whatever machine this runs.
         autocast: precision of the forward pass where it is not the weights' own.
         state_bytes: of the optimizer for each trained weight; AdamW's two moments in float32 if not given.
-        frozen_bytes: of each weight that does not train.
+        frozen_bytes: of each weight that does not train; below 4 they are in the precision of ``autocast``.
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     with FakeTensorMode():
         net = build()
+        if autocast is not None and frozen_bytes < 4:
+            _frozen_in(net, autocast)
         held = _Held(net)
-        with held, torch.autocast("cpu", autocast or torch.bfloat16, enabled=autocast is not None):
+        with held, autocast_of(device_type, autocast):
             forward(net, batch).float().square().mean().backward()
     trained, frozen = parameters(net)
     weights = int(4 * trained + frozen_bytes * frozen) + sum(b.nbytes for b in net.buffers())
@@ -92,6 +121,53 @@ def training_memory(
     if held.peak < every:
         gradients, activations = every, 0
     return Memory(weights, gradients, int(state_bytes * trained), every if averaged else 0, activations)
+
+
+def _frozen_in(net: nn.Module, dtype: torch.dtype) -> None:
+    """Weights that do not train become half precision ones, which autocast has no need to copy."""
+    for module in net.modules():
+        for name, p in module._parameters.items():
+            if p is not None and not p.requires_grad and p.is_floating_point():
+                module._parameters[name] = nn.Parameter(p.to(dtype), requires_grad=False)
+
+
+@contextmanager
+def autocast_of(device_type: str, dtype: torch.dtype | None) -> Iterator[None]:
+    """Autocast for tensors on a CPU, by the rules of the device that is named: what is counted on a machine without a
+    GPU is what a GPU would hold.
+
+    Args:
+        device_type: ``cuda`` or ``cpu``.
+        dtype: None: no autocast.
+    """
+    with torch.library._scoped_library("aten", "IMPL") as library:
+        if device_type == "cuda" and dtype is not None:
+            for name in CUDA_FLOAT32:
+                library.impl(name, _in_float32(name), "AutocastCPU")
+        with torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None):
+            yield
+
+
+def _in_float32(name: str) -> Callable[..., Any]:
+    """An autocast kernel. An operation that takes a dtype is asked for a float32 result, others get float32 inputs."""
+    packet, _, overload = name.partition(".")
+    op = getattr(getattr(torch.ops.aten, packet), overload or "default")
+    asked = [argument.name for argument in op._schema.arguments]
+    below = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU)
+
+    def kernel(*args: Any, **kwargs: Any) -> Any:
+        with torch._C._ExcludeDispatchKeyGuard(below):
+            if "dtype" in asked:
+                if isinstance(args[0], Tensor) and args[0].dtype in HALF and len(args) <= asked.index("dtype"):
+                    kwargs = {"dtype": torch.float32} | {k: v for k, v in kwargs.items() if v is not None}
+                return op(*args, **kwargs)
+            return op(*tree_map(_widened, args), **tree_map(_widened, kwargs))
+
+    return kernel
+
+
+def _widened(x: Any) -> Any:
+    return x.float() if isinstance(x, Tensor) and x.dtype in HALF else x
 
 
 class _Held(TorchDispatchMode):
