@@ -102,6 +102,7 @@ def test_what_a_run_builds_on_is_read_by_one(config: Path, tmp_path: Path):
         (getattr(tiny, name)().to_diffusers() if name == "vae" else tiny.clip()).save_pretrained(tmp_path / name)
     raw = {
         "task": "diffusion", "output_dir": str(tmp_path / "run"), "data": {"path": str(config.parent / "data")},
+        **forecasts.TASKS["dit"],
         "vae": {"pretrained": str(tmp_path / "vae")}, "text": {"pretrained": str(tmp_path / "clip")},
         "train": {"images": 8, "mixed_precision": "no"},
     }  # fmt: skip

@@ -15,9 +15,9 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 Forward = Callable[[nn.Module, int], Tensor]  # (network, rows in the batch) -> its output, on whatever device it is
 HALF = (torch.float16, torch.bfloat16)
-# Operations that autocast runs in float32 on CUDA and leaves as they are on a CPU: AT_FORALL_FP32 and its two relatives
-# in ATen/autocast_mode.h, without those that the CPU's own list has too. Where the lists differ otherwise, nothing is
-# held in another precision: CUDA's `cat` and `stack` promote by themselves.
+# What autocast does on CUDA and not on a CPU, from ATen/autocast_mode.h (AT_FORALL_FP32 with its two relatives, and
+# AT_FORALL_PROMOTE): these operations run in float32, those in the widest precision of their inputs. The other lists
+# differ in nothing that is held: CUDA's `cat` and `stack` promote by themselves.
 CUDA_FLOAT32 = (
     "acos", "asin", "cosh", "erfinv", "exp", "expm1", "log", "log10", "log2", "log1p", "reciprocal", "rsqrt", "sinh",
     "tan", "pow.Tensor_Scalar", "pow.Tensor_Tensor", "pow.Scalar", "softplus", "layer_norm", "native_layer_norm",
@@ -27,6 +27,9 @@ CUDA_FLOAT32 = (
     "upsample_bilinear2d", "_upsample_bilinear2d_aa", "upsample_trilinear3d", "upsample_bicubic2d",
     "_upsample_bicubic2d_aa", "softmax.int", "log_softmax.int", "cumprod", "cumsum", "linalg_vector_norm",
     "linalg_matrix_norm", "linalg_matrix_norm.str_ord", "sum", "sum.dim_IntList", "norm.Scalar", "norm.ScalarOpt_dim",
+)  # fmt: skip
+CUDA_PROMOTE = (
+    "addcdiv", "addcmul", "atan2", "bilinear", "cross", "dot", "index_put", "scatter_add", "tensordot", "vdot",
 )  # fmt: skip
 
 
@@ -142,25 +145,28 @@ def autocast_of(device_type: str, dtype: torch.dtype | None) -> Iterator[None]:
     """
     with torch.library._scoped_library("aten", "IMPL") as library:
         if device_type == "cuda" and dtype is not None:
-            for name in CUDA_FLOAT32:
-                library.impl(name, _in_float32(name), "AutocastCPU")
+            for name in (*CUDA_FLOAT32, *CUDA_PROMOTE):
+                library.impl(name, _autocast_kernel(name), "AutocastCPU")
         with torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None):
             yield
 
 
-def _in_float32(name: str) -> Callable[..., Any]:
-    """An autocast kernel. An operation that takes a dtype is asked for a float32 result, others get float32 inputs."""
+def _autocast_kernel(name: str) -> Callable[..., Any]:
+    """Of the operations that run in float32, those that take a dtype are asked for a float32 result, as on CUDA."""
     packet, _, overload = name.partition(".")
     op = getattr(getattr(torch.ops.aten, packet), overload or "default")
-    asked = [argument.name for argument in op._schema.arguments]
+    arguments = [argument.name for argument in op._schema.arguments]
+    dtype = arguments.index("dtype") if "dtype" in arguments else None
     below = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU)
 
     def kernel(*args: Any, **kwargs: Any) -> Any:
+        kinds = {x.dtype for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
         with torch._C._ExcludeDispatchKeyGuard(below):
-            if "dtype" in asked:
-                if isinstance(args[0], Tensor) and args[0].dtype in HALF and len(args) <= asked.index("dtype"):
-                    kwargs = {"dtype": torch.float32} | {k: v for k, v in kwargs.items() if v is not None}
+            if not kinds.intersection(HALF) or (name in CUDA_PROMOTE and torch.float32 not in kinds):
                 return op(*args, **kwargs)
+            if dtype is not None:
+                asked = {} if len(args) > dtype else {"dtype": kwargs.get("dtype") or torch.float32}
+                return op(*args, **{**kwargs, **asked})
             return op(*tree_map(_widened, args), **tree_map(_widened, kwargs))
 
     return kernel
