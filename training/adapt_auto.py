@@ -230,8 +230,9 @@ def _fitted(config: AdaptConfig, said: set[str]) -> AdaptConfig:
     for share in shares:
         tried = _trained(config, batches[0], share)
         memory = training_memory(
-            *network_of(tried), batches[0], averaged=bool(config.ema_decay), device_type=device.type,
-            autocast=autocast, state_bytes=config.optimizer.state_bytes, frozen_bytes=frozen_bytes(tried, device, mixed),
+            *network_of(tried), batches[0], averaged=bool(config.ema_decay),
+            accumulated=config.train.gradient_accumulation_steps > 1, device_type=device.type, autocast=autocast,
+            state_bytes=config.optimizer.state_bytes, frozen_bytes=frozen_bytes(tried, device, mixed),
         )  # fmt: skip
         free = room - (memory.total - memory.activations)
         batch = next((n for n in batches if n / batches[0] * memory.activations <= free), batches[-1])

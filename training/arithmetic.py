@@ -89,6 +89,7 @@ def training_memory(
     batch: int,
     *,
     averaged: bool,
+    accumulated: bool = False,
     device_type: str = "cpu",
     autocast: torch.dtype | None = None,
     state_bytes: float = 8.0,
@@ -102,6 +103,7 @@ def training_memory(
     Args:
         batch: rows in a micro-batch.
         averaged: a moving average is kept.
+        accumulated: a step has several micro-batches: from the second on all gradients are there from its beginning.
         device_type: ``cuda`` or ``cpu``: what the step is planned for, on whatever machine this runs.
         autocast: precision of the forward pass where it is not the weights' own.
         state_bytes: of the optimizer for each trained weight; AdamW's two moments in float32 if not given.
@@ -121,7 +123,9 @@ def training_memory(
     gradients, activations = held.gradients_at_peak, held.peak - held.gradients_at_peak
     # The gradients of the whole network and the most activations are not in use at one moment; what is, is the peak.
     every = 4 * trained  # float32; all gradients are there when the optimizer steps, and no activation is
-    if held.peak < every:
+    if accumulated:
+        gradients, activations = every, held.peak_alone
+    elif held.peak < every:
         gradients, activations = every, 0
     return Memory(weights, gradients, int(state_bytes * trained), every if averaged else 0, activations)
 
@@ -181,7 +185,7 @@ class _Held(TorchDispatchMode):
 
     def __init__(self, net: nn.Module):
         super().__init__()
-        self.now = self.peak = self.gradients = self.gradients_at_peak = 0
+        self.now = self.peak = self.peak_alone = self.gradients = self.gradients_at_peak = 0  # alone: no gradients
         own = (*net.parameters(), *net.buffers())
         self.known = {x.untyped_storage()._cdata for x in own}
         for p in (p for p in net.parameters() if p.requires_grad):
@@ -204,6 +208,7 @@ class _Held(TorchDispatchMode):
         self.known.add(key)
         weakref.finalize(storage, self._gone, key, size)
         self.now += size
+        self.peak_alone = max(self.peak_alone, self.now - self.gradients)
         if self.now > self.peak:
             self.peak, self.gradients_at_peak = self.now, self.gradients
 

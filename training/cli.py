@@ -96,7 +96,8 @@ def train(
     out: Out = None,
     resume: Annotated[str, typer.Option(help="auto, never, or the folder of a checkpoint to go on from.")] = "auto",
     tell: Annotated[
-        bool, typer.Option("--check/--no-check", help="First do what `ldm check` does; begin nothing that does not fit.")
+        bool,
+        typer.Option("--check/--no-check", help="First do what `ldm check` does; begin nothing that does not fit."),
     ] = True,
 ) -> None:
     """Train the configs in order. What is already made is taken up; a killed run goes on where it was.

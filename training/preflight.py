@@ -153,8 +153,9 @@ class _Telling:
         add("work", f"{flops / 1e9:,.1f} GFLOP an image, forward and backward")
         autocast = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.mixed)
         memory = training_memory(
-            build, forward, train.batch_size, averaged=bool(config.ema_decay), device_type=self.device.type,
-            autocast=autocast, state_bytes=config.optimizer.state_bytes, frozen_bytes=self._frozen_bytes(),
+            build, forward, train.batch_size, averaged=bool(config.ema_decay),
+            accumulated=train.gradient_accumulation_steps > 1, device_type=self.device.type, autocast=autocast,
+            state_bytes=config.optimizer.state_bytes, frozen_bytes=self._frozen_bytes(),
         )  # fmt: skip
         if self.accelerator.is_fsdp2 or zero.shares_weights(self.accelerator):
             memory = memory.shared(self.accelerator.num_processes)
