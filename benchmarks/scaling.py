@@ -84,13 +84,11 @@ def memory(name: str) -> str:
     config = config_of(name)
     build, forward = denoiser_of(config, PLANS[name])
     batch = config.train.batch_size
-    with torch.device("meta"):
-        trained, _ = parameters(build())
     step = training_memory(
         build, forward, batch, averaged=bool(config.ema_decay),
-        accumulated=config.train.gradient_accumulation_steps > 1, device_type="cuda", autocast=torch.bfloat16,
-        state_bytes=config.optimizer.state_bytes,
-    ).replicated(trained)  # fmt: skip
+        accumulated=config.train.gradient_accumulation_steps > 1, replicated=True, device_type="cuda",
+        autocast=torch.bfloat16, state_bytes=config.optimizer.state_bytes,
+    )  # fmt: skip
     sizes = (
         step.total, step.weights, step.gradients, step.buckets, step.optimizer, step.average, step.activations
     )  # fmt: skip

@@ -163,17 +163,17 @@ def test_half_precision_weights_that_do_not_train_are_not_copied():
     """A frozen float32 weight is cast for each product, and the copy is held for the gradient of its input."""
 
     def build() -> nn.Module:
-        net = nn.Sequential(*(nn.Linear(256, 256, bias=False) for _ in range(8)))
+        net = nn.Sequential(nn.Linear(1, 256), *(nn.Linear(256, 256, bias=False) for _ in range(7)))
         net[1:].requires_grad_(False)
         return net
 
     def forward(net: nn.Module, rows: int) -> Tensor:
-        return net(torch.randn(rows, 256))
+        return net(torch.randn(rows, 1))
 
     single, half = (
         training_memory(build, forward, 1, averaged=False, device_type="cuda", autocast=torch.bfloat16, frozen_bytes=n)
         for n in (4, 2)
     )
     copies = 7 * 256 * 256 * 2
-    assert single.activations - half.activations == pytest.approx(copies, rel=0.2)
+    assert single.activations - half.activations == pytest.approx(copies, rel=0.05)
     assert single.weights - half.weights == copies

@@ -15,9 +15,10 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 Forward = Callable[[nn.Module, int], Tensor]  # (network, rows in the batch) -> its output, on whatever device it is
 HALF = (torch.float16, torch.bfloat16)
-# What autocast does on CUDA and not on a CPU, from ATen/autocast_mode.h (AT_FORALL_FP32 with its two relatives, and
-# AT_FORALL_PROMOTE): these operations run in float32, those in the widest precision of their inputs. The other lists
-# differ in nothing that is held: CUDA's `cat` and `stack` promote by themselves.
+# What autocast does on CUDA and not on a CPU, from ATen/autocast_mode.h: operations that run in
+# float32 (AT_FORALL_FP32, AT_FORALL_FP32_SET_OPT_DTYPE and `norm`), and those that run in the widest
+# precision of their inputs (AT_FORALL_PROMOTE). Where the lists differ otherwise, the result is the
+# same: CUDA's `cat` and `stack` promote without autocast.
 CUDA_FLOAT32 = (
     "acos", "asin", "cosh", "erfinv", "exp", "expm1", "log", "log10", "log2", "log1p", "reciprocal", "rsqrt", "sinh",
     "tan", "pow.Tensor_Scalar", "pow.Tensor_Tensor", "pow.Scalar", "softplus", "layer_norm", "native_layer_norm",
@@ -35,8 +36,12 @@ CUDA_PROMOTE = (
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes at the moment of a training step when most is in use; ``average`` is the EMA's float32 copy, ``buckets``
-    are DDP's, in which gradients travel."""
+    """Bytes at the moment of a training step when most is in use.
+
+    Attributes:
+        average: the EMA's float32 copy.
+        buckets: DDP's, a second copy of all gradients, since ``gradient_as_bucket_view`` is off.
+    """
 
     weights: int
     gradients: int
@@ -48,11 +53,6 @@ class Memory:
     @property
     def total(self) -> int:
         return self.weights + self.gradients + self.optimizer + self.average + self.activations + self.buckets
-
-    def replicated(self, trained: int) -> Memory:
-        """Of one of several processes under DDP, whose buckets hold every gradient (``trained`` float32 numbers) a
-        second time: ``gradient_as_bucket_view`` is off."""
-        return replace(self, buckets=4 * trained)
 
     def shared(self, world: int) -> Memory:
         """Of one of ``world`` processes that share all but the activations out (FSDP2)."""
@@ -90,6 +90,7 @@ def training_memory(
     *,
     averaged: bool,
     accumulated: bool = False,
+    replicated: bool = False,
     device_type: str = "cpu",
     autocast: torch.dtype | None = None,
     state_bytes: float = 8.0,
@@ -97,17 +98,20 @@ def training_memory(
 ) -> Memory:
     """Of a training step, from one that runs on tensors without data, however large the network.
 
-    Attention is taken to be one of the fused kernels (flash, memory-efficient, xFormers): they hold the same for the
-    backward pass, q, k, v, the output and a float32 number for each query.
+    Attention is taken to be a fused kernel. Flash, memory-efficient and xFormers save the same for
+    the backward pass: q, k, v, the output and a float32 number for each query.
 
     Args:
         batch: rows in a micro-batch.
         averaged: a moving average is kept.
-        accumulated: a step has several micro-batches: from the second on all gradients are there from its beginning.
-        device_type: ``cuda`` or ``cpu``: what the step is planned for, on whatever machine this runs.
+        accumulated: a step has several micro-batches: from the second on, all gradients are in
+            memory from its beginning.
+        replicated: several processes train the network under DDP.
+        device_type: ``cuda`` or ``cpu``: the device that the step is planned for, whose autocast
+            rules hold; the machine that counts needs none.
         autocast: precision of the forward pass where it is not the weights' own.
         state_bytes: of the optimizer for each trained weight; AdamW's two moments in float32 if not given.
-        frozen_bytes: of each weight that does not train; below 4 they are in the precision of ``autocast``.
+        frozen_bytes: of each weight that does not train; below 4 they have the dtype ``autocast``.
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -127,7 +131,8 @@ def training_memory(
         gradients, activations = every, held.peak_alone
     elif held.peak < every:
         gradients, activations = every, 0
-    return Memory(weights, gradients, int(state_bytes * trained), every if averaged else 0, activations)
+    average, buckets = every if averaged else 0, every if replicated else 0
+    return Memory(weights, gradients, int(state_bytes * trained), average, activations, buckets)
 
 
 def _frozen_in(net: nn.Module, dtype: torch.dtype) -> None:
@@ -140,8 +145,8 @@ def _frozen_in(net: nn.Module, dtype: torch.dtype) -> None:
 
 @contextmanager
 def autocast_of(device_type: str, dtype: torch.dtype | None) -> Iterator[None]:
-    """Autocast for tensors on a CPU, by the rules of the device that is named: what is counted on a machine without a
-    GPU is what a GPU would hold.
+    """Autocast for CPU tensors by the rules of another device: a machine without a GPU can count
+    what a GPU would hold. The kernels are registered for this block alone.
 
     Args:
         device_type: ``cuda`` or ``cpu``.
@@ -156,7 +161,7 @@ def autocast_of(device_type: str, dtype: torch.dtype | None) -> Iterator[None]:
 
 
 def _autocast_kernel(name: str) -> Callable[..., Any]:
-    """Of the operations that run in float32, those that take a dtype are asked for a float32 result, as on CUDA."""
+    """Operations that take a dtype get float32 inputs by it, without a copy, as on CUDA."""
     packet, _, overload = name.partition(".")
     op = getattr(getattr(torch.ops.aten, packet), overload or "default")
     arguments = [argument.name for argument in op._schema.arguments]

@@ -102,7 +102,7 @@ def train(
 ) -> None:
     """Train the configs in order. What is already made is taken up; a killed run goes on where it was.
 
-    Where one of them does not fit into the free memory none is begun (exit code 2); --no-check trains all the same.
+    If one of them does not fit into the free memory, none is begun (exit code 2).
     """
     loaded = _load(configs, out)
     say()

@@ -1,5 +1,8 @@
-"""An error in one process ends all of them, in seconds and with its message: outside of the training loop, which has a
-watch of its own (``processes.Pulse``), nobody else would notice before the process group's timeout."""
+"""An error in one process ends all processes, within seconds and with its message.
+
+This is for what runs before the training loop, which has a watch of its own (``processes.Pulse``):
+there the others would wait in a collective until the process group's timeout.
+"""
 
 from __future__ import annotations
 
@@ -17,17 +20,20 @@ from accelerate import Accelerator
 
 from .processes import LOST
 
-POLL, GRACE = 0.25, 5.0  # seconds between two looks; to leave by oneself
-_numbers = itertools.count()  # of the blocks that this process has entered; the same in all processes
+POLL = 0.25  # seconds between two reads of the store
+GRACE = 5.0  # seconds in which a process may leave by its own exception
+_numbers = itertools.count()  # one for each block that is entered, the same in all processes
 
 
 @contextmanager
 def all_fail_together(accelerator: Accelerator) -> Iterator[None]:
-    """All processes enter this block together; where one of them raises an exception, the others raise it as well. One
-    that does not return from what it is in within ``GRACE`` seconds, as a collective, is ended with exit code ``LOST``.
+    """All processes enter this block; if one of them raises an exception, all leave it.
+
+    A process that is still in the block ``GRACE`` seconds later, for example in a collective, prints
+    the message and exits with code ``LOST``.
 
     Raises:
-        RuntimeError: in the other processes, with the message of the first one that failed, its number and host.
+        RuntimeError: in the other processes, with number, host and message of the first that failed.
     """
     if accelerator.num_processes == 1:
         yield
@@ -44,13 +50,13 @@ def all_fail_together(accelerator: Accelerator) -> Iterator[None]:
 
 
 class _Watch:
-    """A thread that looks for the failure of another process in the process group's key-value store."""
+    """A thread that reads from the process group's store whether another process has failed."""
 
     def __init__(self, accelerator: Accelerator, number: int):
         self.world = accelerator.num_processes
         self.name = f"process {accelerator.process_index} on {socket.gethostname()}"
         self.error, self.read = f"ldm/{number}/error", f"ldm/{number}/read"
-        # a client of its own: one is locked while it waits, as for a collective's peers
+        # A client of its own: the main thread's is locked while it waits for the peers of a collective.
         self.store = dist.distributed_c10d._get_default_store().clone()
         self.message: str | None = None  # another process's
         self.lock, self.stop = threading.Lock(), threading.Event()
@@ -79,7 +85,11 @@ class _Watch:
             self.store.add(self.read, 1)
 
     def failed(self, error: Exception) -> str | None:
-        """Tell the others, and wait until they know; the message of another process if that failed first."""
+        """Publish the error, and wait until the others have read it.
+
+        Returns:
+            The message of another process if that one failed first.
+        """
         until = time.monotonic() + GRACE
         try:
             with self.lock:

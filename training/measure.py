@@ -11,9 +11,10 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
-# TFLOP/s of dense matrix products in bf16 or fp16 with float32 accumulation, by the device's whole model name, with its
-# form factor where that decides. From NVIDIA's data sheets; of GeForce, RTX A6000 and RTX 6000 Ada from the
-# appendices of the GA102, Ada and RTX Blackwell architecture whitepapers ("FP16 Tensor TFLOPS with FP32 accumulate").
+# TFLOP/s of dense matrix products in bf16 or fp16 with float32 accumulation, by the whole model name
+# (with the form factor where speeds differ). From NVIDIA's data sheets; GeForce, RTX A6000 and RTX 6000
+# Ada from the appendices of the GA102, Ada and RTX Blackwell architecture whitepapers ("Peak FP16
+# Tensor TFLOPS with FP32 Accumulate").
 PEAK_TFLOPS = {
     "B200": 2250, "GB200": 2500, "GH200": 989, "H200": 989, "H200 NVL": 835, "H100": 989, "H100 PCIE": 756,
     "H100 NVL": 835, "H800": 989, "H800 PCIE": 756, "H20": 148, "A100": 312, "A800": 312, "A40": 150, "A30": 165,
@@ -66,15 +67,20 @@ def _kilobytes(file: Path, line: str) -> int | None:
 
 
 def peak_tflops(name: str) -> int | None:
-    """Of dense half precision, by what ``torch.cuda.get_device_name`` says; None of a model that is not in the table,
-    and of a part of one (MIG, a virtual GPU)."""
+    """Peak TFLOP/s of dense half precision.
+
+    Args:
+        name: what ``torch.cuda.get_device_name`` returns.
+    Returns:
+        None for a model that is not in the table, and for a part of one (MIG, a virtual GPU).
+    """
     words = [word for word in re.split(r"[\s-]+", name.upper()) if word not in VENDOR and not MEMORY.fullmatch(word)]
     model = " ".join(word for word in words if not PACKAGE.fullmatch(word))
     return PEAK_TFLOPS.get(" ".join(words), PEAK_TFLOPS.get(model))
 
 
 def utilisation(flops: float, device: torch.device, precision: str) -> float | None:
-    """FLOP/s of one device as a share of its data sheet's; None of one that is not in the table, or in float32."""
+    """FLOP/s of one device as a share of its peak; None if that is unknown, or in float32."""
     if device.type != "cuda" or precision == "no":
         return None
     peak = peak_tflops(torch.cuda.get_device_name(device))

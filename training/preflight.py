@@ -56,8 +56,8 @@ def report(
     opened: dict[str, Split] | None = None,
 ) -> list[Rehearsal | None]:
     """Open the data, rehearse each run, and print a table of each. Nothing is left behind, and nothing that comes
-    after it notices: of several processes all ask together, and the first one prints. They come to one answer: the
-    device with the least free memory decides, and an error of one process ends all.
+    after it notices: of several processes all ask together, and the first one prints. All
+    processes get the same answer: the least free memory decides, and an error in one ends all.
 
     Args:
         earlier: configs that these build on, whose runs are there.
@@ -152,15 +152,15 @@ class _Telling:
         add("parameters", f"{trained / 1e6:.2f}M trained" + (f", {frozen / 1e6:.2f}M frozen" if frozen else ""))
         add("work", f"{flops / 1e9:,.1f} GFLOP an image, forward and backward")
         autocast = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.mixed)
+        sharded = self.accelerator.is_fsdp2 or zero.asked()
         memory = training_memory(
             build, forward, train.batch_size, averaged=bool(config.ema_decay),
-            accumulated=train.gradient_accumulation_steps > 1, device_type=self.device.type, autocast=autocast,
-            state_bytes=config.optimizer.state_bytes, frozen_bytes=self._frozen_bytes(),
+            accumulated=train.gradient_accumulation_steps > 1, replicated=self.world > 1 and not sharded,
+            device_type=self.device.type, autocast=autocast, state_bytes=config.optimizer.state_bytes,
+            frozen_bytes=self._frozen_bytes(),
         )  # fmt: skip
         if self.accelerator.is_fsdp2 or zero.shares_weights(self.accelerator):
             memory = memory.shared(self.accelerator.num_processes)
-        elif self.world > 1 and not zero.asked():
-            memory = memory.replicated(trained)
         add("memory of a step", _parted(memory))
         pictures = captions = 0
         if isinstance(config, LatentRun):
@@ -243,7 +243,7 @@ def _parts(config: Config) -> list[str]:
 
 
 def least_free(accelerator: Accelerator) -> tuple[int, str]:
-    """Of the devices of all processes the fewest free bytes, and which device that is; the same in every process."""
+    """Free bytes of the fullest device of all processes, and its name: the same in every process."""
     mine = measure.free_memory(accelerator.device), accelerator.process_index, socket.gethostname()
     if accelerator.num_processes == 1:
         return mine[0], str(accelerator.device)

@@ -140,7 +140,7 @@ def train_all(
 
 
 def _inputs_from_one(config: Config, train_rows: Any) -> dict[str, str]:
-    """What ``inputs_of`` gives, read by the main process alone: of many processes each would read the whole base.
+    """What ``inputs_of`` gives; the main process reads the files and sends the hashes to the others.
 
     Raises:
         OSError: a file cannot be read; RuntimeError in the other processes.
