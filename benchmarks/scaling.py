@@ -75,16 +75,24 @@ def table(a: Assumed) -> str:
     return "\n".join(lines)
 
 
+MEMORY_HEAD = """| | batch of one GPU | GiB | weights | gradients | DDP's buckets | optimizer | average | activations |
+|---|---|---|---|---|---|---|---|---|"""
+
+
 def memory(name: str) -> str:
+    """A row of Markdown: one of several GPUs under DDP, in bf16 by CUDA's autocast."""
     config = config_of(name)
     build, forward = denoiser_of(config, PLANS[name])
     batch = config.train.batch_size
-    told = training_memory(
-        build, forward, batch, averaged=bool(config.ema_decay), autocast=torch.bfloat16,
-        state_bytes=config.optimizer.state_bytes,
+    step = training_memory(
+        build, forward, batch, averaged=bool(config.ema_decay),
+        accumulated=config.train.gradient_accumulation_steps > 1, replicated=True, device_type="cuda",
+        autocast=torch.bfloat16, state_bytes=config.optimizer.state_bytes,
     )  # fmt: skip
-    each = ", ".join(f"{kind} {size / GIB:.1f}" for kind, size in vars(told).items())
-    return f"{name}, {batch} images on a GPU in bf16: {told.total / GIB:.1f} GiB ({each})"
+    sizes = (
+        step.total, step.weights, step.gradients, step.buckets, step.optimizer, step.average, step.activations
+    )  # fmt: skip
+    return f"| `{name}` | {batch} | " + " | ".join(f"{size / GIB:.1f}" for size in sizes) + " |"
 
 
 def main() -> None:
@@ -95,8 +103,8 @@ def main() -> None:
     given = vars(parser.parse_args())
     with_memory = given.pop("memory")
     print(table(Assumed(**given)))
-    for name in PLANS if with_memory else ():
-        print(memory(name))
+    if with_memory:
+        print("\n".join(["", MEMORY_HEAD, *map(memory, PLANS)]))
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from training import measure
 from training.adapt_auto import adapt, adapt_config, written
 from training.config import load
 from training.fit import ConfigError
+from training.preflight import DoesNotFit
 from training.schema import AdaptConfig
 from training.tables import DataError
 
@@ -86,6 +87,17 @@ def test_a_step_that_does_not_fit_gets_smaller(root: Path, tmp_path: Path, monke
     assert (small.batch_size, small.gradient_accumulation_steps, small.gradient_checkpointing) == (1, 4, 1.0)
     said = adapt_config(where, images, "sks box", tmp_path / "run", overrides=["train.batch_size=2"]).train
     assert said.batch_size == 2
+
+
+def test_a_run_that_does_not_fit_is_not_begun(root: Path, tmp_path: Path, monkeypatch) -> None:
+    images, where = folder(tmp_path / "p"), str(base("sd", root))
+    monkeypatch.setattr(measure, "free_memory", lambda device: 1000)
+    monkeypatch.setattr("training.run.train_all", None)
+    with pytest.raises(
+        DoesNotFit, match=r"(?s)runs/box: does not fit: a step takes .*\nnothing is begun; `ldm train --no"
+    ):
+        adapt(where, images, "sks box", out=tmp_path / "runs/box", yes=True)
+    assert [p.name for p in (tmp_path / "runs").iterdir()] == ["box.yaml"]
 
 
 def test_bad_input_is_named(root: Path, tmp_path: Path) -> None:

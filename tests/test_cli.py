@@ -262,6 +262,37 @@ def test_check_tells_sizes_and_time_and_trains_nothing(ldm: Callable[..., Said],
     assert not (place / "runs").exists()
 
 
+def test_what_does_not_fit_is_not_begun(ldm: Callable[..., Said], place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a list nothing, though one of them would fit; --no-check trains all the same."""
+    both = (place / "clip.yaml", place / "vae.yaml")
+    before = files_under(place)
+    from training import preflight
+    from training.rehearsal import Rehearsal
+
+    monkeypatch.setattr(preflight, "rehearse", lambda *a, **k: Rehearsal(1.0, 1.0, 0))
+    sizes = {c: re.search(r"step takes ([\d.]+) MiB", ldm_with(1000, ldm, monkeypatch, "check", c).err) for c in both}
+    takes = [float(found[1]) * 2**20 for found in sizes.values() if found]
+    assert len(takes) == 2 and takes[0] != takes[1]
+    small, large = sorted(zip(takes, both, strict=True))
+    between = int((small[0] + large[0]) / 2 / preflight.ROOM)
+    for command in ("train", "check"):
+        said = ldm_with(between, ldm, monkeypatch, command, *both)
+        refused(said, f"runs/{large[1].stem}: does not fit: a step takes", "would", "nothing is begun", "--no-check")
+        assert f"runs/{small[1].stem}: does not fit" not in said.err
+        assert f"runs/{small[1].stem}: " in said.out and "does not fit" in said.out  # the tables of both
+    assert files_under(place) == before and not (place / "runs").exists()
+    assert ldm_with(1000, ldm, monkeypatch, "train", "--no-check", both[0]).code == 0
+    assert (place / "runs/clip/done.json").is_file()
+
+
+def ldm_with(free: int, ldm: Callable[..., Said], monkeypatch: pytest.MonkeyPatch, *arguments: object) -> Said:
+    """The command with so many bytes free."""
+    from training import measure
+
+    monkeypatch.setattr(measure, "free_memory", lambda device: free)
+    return ldm(*arguments)
+
+
 def test_inspect_data(ldm: Callable[..., Said], place: Path, tmp_path: Path) -> None:
     for source in (place / "data", place / "unet.yaml"):
         page = tmp_path / f"{source.stem}.html"

@@ -19,7 +19,7 @@ from training import measure, preflight
 from training.arithmetic import parameters
 from training.config import load
 from training.fit import ConfigError, check_together
-from training.preflight import report
+from training.preflight import DoesNotFit, report
 from training.run import train_all
 from training.schema import Config
 from training.sizes import network_of
@@ -113,7 +113,8 @@ def test_check_tells_each_of_them(name: str, tmp_path: Path, pictures: Path, mon
     configs = stages(name, f"data.path={pictures}")
     check_together(configs)
     console = Console(record=True, width=200, quiet=False, file=(tmp_path / "told").open("w"))
-    assert report(configs, console=console) == [None] * len(configs)
+    with pytest.raises(DoesNotFit):
+        report(configs, console=console)
     told = console.export_text().split(f"outputs/{Path(configs[-1].output_dir).name}:")[1]
     assert f"{STOCK[name][1] / 1e6:.2f}M trained" in told
     work = {"unet_sd2_from_scratch": "2,412.8", "dit_xl_from_scratch": "867.5", "mmdit_from_scratch": "5,022.2"}

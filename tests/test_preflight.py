@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import random
@@ -20,13 +21,14 @@ from safetensors.torch import load_file
 from tests import forecasts
 from tests.forecasts import TASKS, apart, config_of
 from training import measure
+from training.arithmetic import parameters
 from training.cache import make_cache
 from training.fit import ConfigError
 from training.guards import STOPS
-from training.preflight import cached, report
+from training.preflight import DoesNotFit, cached, report
 from training.rehearsal import Timed, times_due
 from training.run import open_data, train_all
-from training.sizes import sizes
+from training.sizes import network_of, sizes
 from training.tasks import autoencoder, clip, diffusion
 
 assert autoencoder and clip and diffusion  # imported before anything is timed, or forked
@@ -152,8 +154,30 @@ def test_a_run_that_builds_on_one_that_does_not_fit(tmp_path: Path, data: Path, 
     assert all(found is not None for found in report([vae, unet], console=QUIET))  # folders of one name, too
     monkeypatch.setattr(measure, "free_memory", lambda device: 2**20)
     monkeypatch.setattr("training.run.build", None)  # nothing is built
-    assert report([vae, unet], console=QUIET) == [None, None]
+    with pytest.raises(DoesNotFit) as refusal:
+        report([vae, unet], console=QUIET)
+    first, second, last = str(refusal.value).splitlines()
+    assert "a/run: does not fit: a step takes" in first and "b/run: does not fit" in second  # both are named
+    assert "1.0 MiB that are free on cpu" in first and "--no-check" in last
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_on_one_that_is_not_made_is_no_refusal(tmp_path: Path, data: Path, parts: Path):
+    """The first of two was stopped: what builds on it cannot be rehearsed, and its size is known."""
+    vae = small("autoencoder", tmp_path / "a/run", data, parts)
+    unet = small("unet", tmp_path / "b/run", data, parts, vae={"pretrained": str(tmp_path / "a/run")})
+    assert report([unet], earlier=[vae], console=QUIET) == [None]
+
+
+@pytest.mark.parametrize("world", [1, 8])
+def test_gradients_travel_in_buckets(world: int, tmp_path: Path, data: Path, parts: Path):
+    """DDP holds each of them a second time."""
+    config = small("unet", tmp_path / "run", data, parts, train={"processes": world})
+    with torch.device("meta"):
+        trained, _ = parameters(network_of(config)[0]())
+    console = Console(width=300, record=True, file=io.StringIO())
+    report([config], console=console)
+    assert (f"buckets {4 * trained / 2**20:.1f} MiB" in console.export_text()) == (world > 1)
 
 
 def test_a_missing_package_or_file_is_one_line(tmp_path: Path, data: Path, parts: Path):

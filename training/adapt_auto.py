@@ -215,14 +215,15 @@ def _fitted(config: AdaptConfig, said: set[str]) -> AdaptConfig:
     without it; below four the gradients of four are summed. What the overrides say stays as it is."""
     import torch
 
-    from . import measure
+    from . import processes
     from .arithmetic import training_memory
     from .base import frozen_bytes
-    from .preflight import ROOM, precision
+    from .preflight import ROOM, least_free, precision
     from .sizes import network_of
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    room, mixed = ROOM * measure.free_memory(device), precision(config.train.mixed_precision)
+    mixed = precision(config.train.mixed_precision)
+    accelerator = processes.started(config.train, mixed)  # all processes choose the same
+    device, room = accelerator.device, ROOM * least_free(accelerator)[0]
     autocast = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(mixed)
     batches = (config.train.batch_size,) if "train.batch_size" in said else BATCHES
     shares = (config.train.gradient_checkpointing,) if "train.gradient_checkpointing" in said else (0.0, 1.0)
@@ -230,7 +231,9 @@ def _fitted(config: AdaptConfig, said: set[str]) -> AdaptConfig:
     for share in shares:
         tried = _trained(config, batches[0], share)
         memory = training_memory(
-            *network_of(tried), batches[0], averaged=bool(config.ema_decay), autocast=autocast,
+            *network_of(tried), batches[0], averaged=bool(config.ema_decay),
+            accumulated=config.train.gradient_accumulation_steps > 1,
+            replicated=accelerator.num_processes > 1, device_type=device.type, autocast=autocast,
             state_bytes=config.optimizer.state_bytes, frozen_bytes=frozen_bytes(tried, device, mixed),
         )  # fmt: skip
         free = room - (memory.total - memory.activations)
@@ -272,6 +275,7 @@ def adapt(
 
     Raises:
         ConfigError, DataError: as ``adapt_config``; or OUT.yaml is there and says something else.
+        DoesNotFit: the run takes more memory than is free; OUT.yaml is written, and nothing else.
     """
     import typer
 

@@ -3,31 +3,56 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 Forward = Callable[[nn.Module, int], Tensor]  # (network, rows in the batch) -> its output, on whatever device it is
+HALF = (torch.float16, torch.bfloat16)
+# What autocast does on CUDA and not on a CPU, from ATen/autocast_mode.h: operations that run in
+# float32 (AT_FORALL_FP32, AT_FORALL_FP32_SET_OPT_DTYPE and `norm`), and those that run in the widest
+# precision of their inputs (AT_FORALL_PROMOTE). Where the lists differ otherwise, the result is the
+# same: CUDA's `cat` and `stack` promote without autocast.
+CUDA_FLOAT32 = (
+    "acos", "asin", "cosh", "erfinv", "exp", "expm1", "log", "log10", "log2", "log1p", "reciprocal", "rsqrt", "sinh",
+    "tan", "pow.Tensor_Scalar", "pow.Tensor_Tensor", "pow.Scalar", "softplus", "layer_norm", "native_layer_norm",
+    "rms_norm", "group_norm", "frobenius_norm.dim", "nuclear_norm", "nuclear_norm.dim", "cosine_similarity", "dist",
+    "pdist", "renorm", "logsumexp", "upsample_nearest1d", "_upsample_nearest_exact1d", "upsample_nearest2d",
+    "_upsample_nearest_exact2d", "upsample_nearest3d", "_upsample_nearest_exact3d", "upsample_linear1d",
+    "upsample_bilinear2d", "_upsample_bilinear2d_aa", "upsample_trilinear3d", "upsample_bicubic2d",
+    "_upsample_bicubic2d_aa", "softmax.int", "log_softmax.int", "cumprod", "cumsum", "linalg_vector_norm",
+    "linalg_matrix_norm", "linalg_matrix_norm.str_ord", "sum", "sum.dim_IntList", "norm.Scalar", "norm.ScalarOpt_dim",
+)  # fmt: skip
+CUDA_PROMOTE = (
+    "addcdiv", "addcmul", "atan2", "bilinear", "cross", "dot", "index_put", "scatter_add", "tensordot", "vdot",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes at the moment of a training step when most is in use; ``average`` is the EMA's float32 copy."""
+    """Bytes at the moment of a training step when most is in use.
+
+    Attributes:
+        average: the EMA's float32 copy.
+        buckets: DDP's, a second copy of all gradients, since ``gradient_as_bucket_view`` is off.
+    """
 
     weights: int
     gradients: int
     optimizer: int
     average: int
     activations: int
+    buckets: int = 0
 
     @property
     def total(self) -> int:
-        return self.weights + self.gradients + self.optimizer + self.average + self.activations
+        return self.weights + self.gradients + self.optimizer + self.average + self.activations + self.buckets
 
     def shared(self, world: int) -> Memory:
         """Of one of ``world`` processes that share all but the activations out (FSDP2)."""
@@ -64,34 +89,100 @@ def training_memory(
     batch: int,
     *,
     averaged: bool,
+    accumulated: bool = False,
+    replicated: bool = False,
+    device_type: str = "cpu",
     autocast: torch.dtype | None = None,
     state_bytes: float = 8.0,
     frozen_bytes: float = 4.0,
 ) -> Memory:
     """Of a training step, from one that runs on tensors without data, however large the network.
 
+    Attention is taken to be a fused kernel. Flash, memory-efficient and xFormers save the same for
+    the backward pass: q, k, v, the output and a float32 number for each query.
+
     Args:
         batch: rows in a micro-batch.
         averaged: a moving average is kept.
+        accumulated: a step has several micro-batches: from the second on, all gradients are in
+            memory from its beginning.
+        replicated: several processes train the network under DDP.
+        device_type: ``cuda`` or ``cpu``: the device that the step is planned for, whose autocast
+            rules hold; the machine that counts needs none.
         autocast: precision of the forward pass where it is not the weights' own.
         state_bytes: of the optimizer for each trained weight; AdamW's two moments in float32 if not given.
-        frozen_bytes: of each weight that does not train.
+        frozen_bytes: of each weight that does not train; below 4 they have the dtype ``autocast``.
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     with FakeTensorMode():
         net = build()
+        if autocast is not None and frozen_bytes < 4:
+            _frozen_in(net, autocast)
         held = _Held(net)
-        with held, torch.autocast("cpu", autocast or torch.bfloat16, enabled=autocast is not None):
+        with held, autocast_of(device_type, autocast):
             forward(net, batch).float().square().mean().backward()
     trained, frozen = parameters(net)
     weights = int(4 * trained + frozen_bytes * frozen) + sum(b.nbytes for b in net.buffers())
     gradients, activations = held.gradients_at_peak, held.peak - held.gradients_at_peak
     # The gradients of the whole network and the most activations are not in use at one moment; what is, is the peak.
     every = 4 * trained  # float32; all gradients are there when the optimizer steps, and no activation is
-    if held.peak < every:
+    if accumulated:
+        gradients, activations = every, held.peak_alone
+    elif held.peak < every:
         gradients, activations = every, 0
-    return Memory(weights, gradients, int(state_bytes * trained), every if averaged else 0, activations)
+    average, buckets = every if averaged else 0, every if replicated else 0
+    return Memory(weights, gradients, int(state_bytes * trained), average, activations, buckets)
+
+
+def _frozen_in(net: nn.Module, dtype: torch.dtype) -> None:
+    """Weights that do not train become half precision ones, which autocast has no need to copy."""
+    for module in net.modules():
+        for name, p in module._parameters.items():
+            if p is not None and not p.requires_grad and p.is_floating_point():
+                module._parameters[name] = nn.Parameter(p.to(dtype), requires_grad=False)
+
+
+@contextmanager
+def autocast_of(device_type: str, dtype: torch.dtype | None) -> Iterator[None]:
+    """Autocast for CPU tensors by the rules of another device: a machine without a GPU can count
+    what a GPU would hold. The kernels are registered for this block alone.
+
+    Args:
+        device_type: ``cuda`` or ``cpu``.
+        dtype: None: no autocast.
+    """
+    with torch.library._scoped_library("aten", "IMPL") as library:
+        if device_type == "cuda" and dtype is not None:
+            for name in (*CUDA_FLOAT32, *CUDA_PROMOTE):
+                library.impl(name, _autocast_kernel(name), "AutocastCPU")
+        with torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None):
+            yield
+
+
+def _autocast_kernel(name: str) -> Callable[..., Any]:
+    """Operations that take a dtype get float32 inputs by it, without a copy, as on CUDA."""
+    packet, _, overload = name.partition(".")
+    op = getattr(getattr(torch.ops.aten, packet), overload or "default")
+    arguments = [argument.name for argument in op._schema.arguments]
+    dtype = arguments.index("dtype") if "dtype" in arguments else None
+    below = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU)
+
+    def kernel(*args: Any, **kwargs: Any) -> Any:
+        kinds = {x.dtype for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
+        with torch._C._ExcludeDispatchKeyGuard(below):
+            if not kinds.intersection(HALF) or (name in CUDA_PROMOTE and torch.float32 not in kinds):
+                return op(*args, **kwargs)
+            if dtype is not None:
+                asked = {} if len(args) > dtype else {"dtype": kwargs.get("dtype") or torch.float32}
+                return op(*args, **{**kwargs, **asked})
+            return op(*tree_map(_widened, args), **tree_map(_widened, kwargs))
+
+    return kernel
+
+
+def _widened(x: Any) -> Any:
+    return x.float() if isinstance(x, Tensor) and x.dtype in HALF else x
 
 
 class _Held(TorchDispatchMode):
@@ -99,7 +190,7 @@ class _Held(TorchDispatchMode):
 
     def __init__(self, net: nn.Module):
         super().__init__()
-        self.now = self.peak = self.gradients = self.gradients_at_peak = 0
+        self.now = self.peak = self.peak_alone = self.gradients = self.gradients_at_peak = 0  # alone: no gradients
         own = (*net.parameters(), *net.buffers())
         self.known = {x.untyped_storage()._cdata for x in own}
         for p in (p for p in net.parameters() if p.requires_grad):
@@ -122,6 +213,7 @@ class _Held(TorchDispatchMode):
         self.known.add(key)
         weakref.finalize(storage, self._gone, key, size)
         self.now += size
+        self.peak_alone = max(self.peak_alone, self.now - self.gradients)
         if self.now > self.peak:
             self.peak, self.gradients_at_peak = self.now, self.gradients
 

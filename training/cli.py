@@ -95,9 +95,15 @@ def train(
     configs: Configs,
     out: Out = None,
     resume: Annotated[str, typer.Option(help="auto, never, or the folder of a checkpoint to go on from.")] = "auto",
-    tell: Annotated[bool, typer.Option("--check/--no-check", help="First tell what `ldm check` tells.")] = True,
+    tell: Annotated[
+        bool,
+        typer.Option("--check/--no-check", help="First do what `ldm check` does; begin nothing that does not fit."),
+    ] = True,
 ) -> None:
-    """Train the configs in order. What is already made is taken up; a killed run goes on where it was."""
+    """Train the configs in order. What is already made is taken up; a killed run goes on where it was.
+
+    If one of them does not fit into the free memory, none is begun (exit code 2).
+    """
     loaded = _load(configs, out)
     say()
     from .run import begun, train_all
@@ -116,7 +122,10 @@ app.command()(cli_adapt.judge)
 
 @app.command()
 def check(configs: Configs, out: Out = None) -> None:
-    """Check configs and their data, and tell sizes, memory and time, without training."""
+    """Check configs and their data, and tell sizes, memory and time, without training.
+
+    Exit code 2 where a config or its data are wrong, or a run does not fit into the free memory.
+    """
     loaded = _load(configs, out)
     say()
     from .preflight import report

@@ -44,7 +44,10 @@ def adapt(
     out: Annotated[Path | None, typer.Option(help="Folder of the run; by default outputs/ and the trigger.")] = None,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Train without asking.")] = False,
 ) -> None:
-    """Adapt a model to a folder of pictures: a config is chosen, written, shown, checked and run."""
+    """Adapt a model to a folder of pictures: a config is chosen, written, shown, checked and run.
+
+    Exit code 1 where the answer is no; 2 where something is wrong, or the run does not fit into the free memory.
+    """
     say()
     from .adapt_auto import adapt as run
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import resource
 import sys
 from contextlib import suppress
@@ -10,12 +11,20 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
-# TFLOP/s of dense matrices in half precision, by a part of the device's name, the longer names first (vendors' sheets)
-TFLOPS = {
-    "H200": 989, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "GH200": 989, "B200": 2250, "A100": 312, "A800": 312,
-    "A40": 150, "A10G": 70, "A10": 125, "A30": 165, "L40S": 362, "L40": 181, "L4": 121, "V100": 125, "T4": 65,
-    "RTX 6000 Ada": 364, "RTX A6000": 155, "RTX 5090": 210, "RTX 4090": 165, "RTX 4080": 97, "RTX 3090": 71,
+# TFLOP/s of dense matrix products in bf16 or fp16 with float32 accumulation, by the whole model name
+# (with the form factor where speeds differ). From NVIDIA's data sheets; GeForce, RTX A6000 and RTX 6000
+# Ada from the appendices of the GA102, Ada and RTX Blackwell architecture whitepapers ("Peak FP16
+# Tensor TFLOPS with FP32 Accumulate").
+PEAK_TFLOPS = {
+    "B200": 2250, "GB200": 2500, "GH200": 989, "H200": 989, "H200 NVL": 835, "H100": 989, "H100 PCIE": 756,
+    "H100 NVL": 835, "H800": 989, "H800 PCIE": 756, "H20": 148, "A100": 312, "A800": 312, "A40": 150, "A30": 165,
+    "A10": 125, "A10G": 70, "L40S": 362, "L40": 181, "L4": 121, "V100": 125, "V100 PCIE": 112, "V100S": 130, "T4": 65,
+    "RTX 6000 ADA GENERATION": 364, "RTX A6000": 155, "GEFORCE RTX 5090": 210, "GEFORCE RTX 4090": 165,
+    "GEFORCE RTX 4080": 97, "GEFORCE RTX 3090": 71, "GEFORCE RTX 3070": 41,
 }  # fmt: skip
+VENDOR = {"NVIDIA", "TESLA"}
+PACKAGE = re.compile(r"PCIE|SXM\d?")
+MEMORY = re.compile(r"\d+GB?|HBM\d?E?")
 CONTAINER = Path("/sys/fs/cgroup")  # what a container may take, and has taken
 
 
@@ -57,14 +66,25 @@ def _kilobytes(file: Path, line: str) -> int | None:
     return None if found is None else int(found.split()[1]) * 1024
 
 
+def peak_tflops(name: str) -> int | None:
+    """Peak TFLOP/s of dense half precision.
+
+    Args:
+        name: what ``torch.cuda.get_device_name`` returns.
+    Returns:
+        None for a model that is not in the table, and for a part of one (MIG, a virtual GPU).
+    """
+    words = [word for word in re.split(r"[\s-]+", name.upper()) if word not in VENDOR and not MEMORY.fullmatch(word)]
+    model = " ".join(word for word in words if not PACKAGE.fullmatch(word))
+    return PEAK_TFLOPS.get(" ".join(words), PEAK_TFLOPS.get(model))
+
+
 def utilisation(flops: float, device: torch.device, precision: str) -> float | None:
-    """FLOP/s of one device as a share of what its data sheet says; None of one that is not in the list, or in
-    float32."""
+    """FLOP/s of one device as a share of its peak; None if that is unknown, or in float32."""
     if device.type != "cuda" or precision == "no":
         return None
-    name = torch.cuda.get_device_name(device)
-    known = next((tflops for part, tflops in TFLOPS.items() if part in name), None)
-    return None if known is None else flops / (known * 1e12)
+    peak = peak_tflops(torch.cuda.get_device_name(device))
+    return None if peak is None else flops / (peak * 1e12)
 
 
 def work(flops: int | None, speed: float, accelerator: Accelerator) -> dict[str, float]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+import socket
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -16,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
 from rich.console import Console
 from rich.table import Table
 from torch.utils.data import IterableDataset
@@ -25,6 +26,7 @@ from . import measure, processes, zero
 from .arithmetic import Memory, parameters, training_flops, training_memory
 from .base import frozen_bytes
 from .config import relocate
+from .fail_together import all_fail_together
 from .fit import ConfigError
 from .rehearsal import Rehearsal, joining, rehearse
 from .schema import AdaptConfig, AutoencoderConfig, Config, DiffusionConfig, LatentRun
@@ -54,21 +56,26 @@ def report(
     opened: dict[str, Split] | None = None,
 ) -> list[Rehearsal | None]:
     """Open the data, rehearse each run, and print a table of each. Nothing is left behind, and nothing that comes
-    after it notices: of several processes all ask together, and the first one prints.
+    after it notices: of several processes all ask together, and the first one prints. All
+    processes get the same answer: the least free memory decides, and an error in one ends all.
 
     Args:
         earlier: configs that these build on, whose runs are there.
         opened: filled with the rows that were looked at, for ``run.train_all``.
     Returns:
-        The rehearsals; None of a run that does not fit on this device, or that builds on such a one.
+        The rehearsals; None of a run that builds on one that is not made.
     Raises:
+        DoesNotFit: after all tables are printed; each run without room is named, and what would fit.
         ConfigError, DataError: a run cannot be made; the key, file or row is named.
     """
     from .run import open_data, source_of
 
+    if not configs:
+        return []
     opened = {} if opened is None else opened
     found: list[Rehearsal | None] = []
-    with _undisturbed(), _room(configs) as room:
+    too_large: list[str] = []
+    with _undisturbed(), _room(configs) as room, all_fail_together(_accelerator(configs[0])):
         for i, config in enumerate(configs):
             before = [*earlier, *configs[:i]]
             key, began = source_of(config, before), time.perf_counter()
@@ -87,16 +94,28 @@ def report(
                 missing = [c.output_dir for c, made in zip(configs, found, strict=False) if made is None]
                 missing += [c.output_dir for c in earlier if not (Path(c.output_dir) / "pipeline").is_dir()]
                 found.append(telling.tell(inner, missing, opening))
+            too_large += [f"{config.output_dir}: {telling.too_large}"] if telling.too_large else []
+    if too_large:
+        raise DoesNotFit("\n".join([*too_large, "nothing is begun; `ldm train --no-check` trains all the same"]))
     return found
 
 
+class DoesNotFit(ConfigError):
+    """A training step takes more memory than is free on the device."""
+
+
 class _Telling:
-    """The table of one run."""
+    """The table of one run.
+
+    Attributes:
+        too_large: why the run does not fit, and what would; None where it fits.
+    """
 
     def __init__(self, config: Config, earlier: Sequence[Config], rows: Split, accelerator: Accelerator):
         self.config, self.earlier, self.rows, self.accelerator = config, earlier, rows, accelerator
         self.mixed, self.device = precision(config.train.mixed_precision), accelerator.device
         self.world = config.train.processes or accelerator.num_processes
+        self.too_large: str | None = None
         self.table = Table(title=f"{config.output_dir}: {config.task}", show_header=False)
 
     @contextmanager
@@ -133,9 +152,12 @@ class _Telling:
         add("parameters", f"{trained / 1e6:.2f}M trained" + (f", {frozen / 1e6:.2f}M frozen" if frozen else ""))
         add("work", f"{flops / 1e9:,.1f} GFLOP an image, forward and backward")
         autocast = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.mixed)
+        sharded = self.accelerator.is_fsdp2 or zero.asked()
         memory = training_memory(
-            build, forward, train.batch_size, averaged=bool(config.ema_decay), autocast=autocast,
-            state_bytes=config.optimizer.state_bytes, frozen_bytes=self._frozen_bytes(),
+            build, forward, train.batch_size, averaged=bool(config.ema_decay),
+            accumulated=train.gradient_accumulation_steps > 1, replicated=self.world > 1 and not sharded,
+            device_type=self.device.type, autocast=autocast, state_bytes=config.optimizer.state_bytes,
+            frozen_bytes=self._frozen_bytes(),
         )  # fmt: skip
         if self.accelerator.is_fsdp2 or zero.shares_weights(self.accelerator):
             memory = memory.shared(self.accelerator.num_processes)
@@ -146,10 +168,14 @@ class _Telling:
             held = f"{_bytes(size)}, {pictures:,} pictures and {captions:,} captions" if size else "nothing"
             add("cache on disk", held)
 
-        free = measure.free_memory(self.device)
+        free, place = least_free(self.accelerator)
         if memory.total > ROOM * free:
             fits = what_would_fit(memory, config, ROOM * free)
-            add("does not fit", f"{_bytes(free)} are free on {self.device}: {fits}")
+            add("does not fit", f"{_bytes(free)} are free on {place}: {fits}")
+            self.too_large = (
+                f"does not fit: a step takes {_bytes(memory.total)}, more than {ROOM:.0%} of the "
+                f"{_bytes(free)} that are free on {place}; {fits}"
+            )
             return None
         if lacking := [name for name in _parts(config) if Path(name).resolve() in {Path(m).resolve() for m in missing}]:
             add("not rehearsed", f"{lacking[0]}, on which it builds, is not made")
@@ -191,6 +217,8 @@ class _Telling:
         images = train.batch_size * train.gradient_accumulation_steps / rehearsal.step  # a second, in one process
         used = measure.utilisation(flops * images, self.device, self.mixed)
         share = f", {used:.0%} of what the device can do" if used else ""
+        if used is None and self.device.type == "cuda" and self.mixed != "no":
+            share = f", peak of {torch.cuda.get_device_name(self.device)} unknown"
         speed = f"{rehearsal.step:.3f} s, {images * self.world:,.1f} images/s, {flops * images / 1e12:.2f} TFLOP/s"
         before = f"; {rehearsal.alone:.3f} s before the critic joins" if joining(self.config) else ""
         return f"{speed}{' each' if self.world > 1 else ''}{share}{before}"
@@ -212,6 +240,15 @@ def _parts(config: Config) -> list[str]:
 
 
 # --- arithmetic ------------------------------------------------------------------------------------------------------
+
+
+def least_free(accelerator: Accelerator) -> tuple[int, str]:
+    """Free bytes of the fullest device of all processes, and its name: the same in every process."""
+    mine = measure.free_memory(accelerator.device), accelerator.process_index, socket.gethostname()
+    if accelerator.num_processes == 1:
+        return mine[0], str(accelerator.device)
+    free, rank, host = min(gather_object([(*mine[:2], f"{accelerator.device} of {mine[2]}")]))
+    return free, f"{host} (process {rank})"
 
 
 def cached(config: LatentRun, s: Sizes, rows: Split) -> tuple[int, int, int]:
@@ -278,9 +315,6 @@ def _room(configs: Sequence[Config]) -> Iterator[Path]:
     Raises:
         ConfigError: nothing can be written there.
     """
-    if not configs:
-        yield Path()
-        return
     accelerator, told = _accelerator(configs[0]), [""]
     place = Path(configs[0].output_dir).resolve()
     while not place.is_dir():

@@ -131,16 +131,44 @@ def train_all(
     stages = Stages()
     for config, source in zip(configs, sources, strict=True):
         rows = opened[source]
-        if is_done(config, inputs_of(config, rows[0])):
+        inputs = _inputs_from_one(config, rows[0])
+        if is_done(config, inputs):
             log.info("%s: already made, taken up", config.output_dir)
         else:
             stages.begin(config.output_dir)
-            train_one(config, *rows, resume=resume)
+            train_one(config, *rows, inputs=inputs, resume=resume)
 
 
-def train_one(config: Config, train_rows: Any, test_rows: Any, resume: str | Path = "auto") -> None:
+def _inputs_from_one(config: Config, train_rows: Any) -> dict[str, str]:
+    """What ``inputs_of`` gives; the main process reads the files and sends the hashes to the others.
+
+    Raises:
+        OSError: a file cannot be read; RuntimeError in the other processes.
+    """
+    from accelerate.utils import broadcast_object_list
+
+    from . import processes
+    from .fail_together import all_fail_together
+    from .preflight import precision
+
+    accelerator = processes.started(config.train, precision(config.train.mixed_precision))
+    inputs: list[dict[str, str] | None] = [None]
+    with all_fail_together(accelerator):
+        if accelerator.is_main_process:
+            inputs[0] = inputs_of(config, train_rows)
+        if accelerator.num_processes > 1:
+            broadcast_object_list(inputs)
+    assert inputs[0] is not None
+    return inputs[0]
+
+
+def train_one(
+    config: Config, train_rows: Any, test_rows: Any, *, inputs: dict[str, str], resume: str | Path = "auto"
+) -> None:
     """Train on what ``open_data`` gives, going on from a checkpoint, and export.
 
+    Args:
+        inputs: what ``inputs_of`` gives, the same in every process.
     Raises:
         ConfigError: a launcher started another number of processes, or a file of what the run builds on is missing.
         and what ``loop.train`` raises.
@@ -173,7 +201,6 @@ def train_one(config: Config, train_rows: Any, test_rows: Any, resume: str | Pat
     if main:  # not before: a config that cannot be built leaves the folder free for a better one
         (run / "config.yaml").write_text(dump(config))
     accelerator.wait_for_everyone()
-    inputs = inputs_of(config, train_rows)
     accelerator.init_trackers(run.name, config={"config": dump(config)})
     loop.train(
         task, config.train, run=run, seed=config.seed, accelerator=accelerator, inputs=inputs, resume=resume,

@@ -95,10 +95,12 @@ Forward = Callable[[nn.Module, int], Tensor]  # (network, rows in the batch) -> 
 def network_of(config: Config, earlier: Sequence[Config] = ()) -> tuple[Build, Forward]:
     """How the network that trains is built, and its forward pass on random numbers of the right shapes.
 
-    Kernels are torch's own: what others compute and hold is the same, and they need the device.
+    Kernels are torch's own: what other fused ones compute and hold is the same, and they need the device. ``plain``
+    attention stays, which holds its logits.
     """
-    plain = config.train.model_copy(update={"attention_backend": "auto", "compile": False})
-    config = config.model_copy(update={"train": plain})
+    backend = "plain" if config.train.attention_backend == "plain" else "auto"
+    ours = config.train.model_copy(update={"attention_backend": backend, "compile": False})
+    config = config.model_copy(update={"train": ours})
     if isinstance(config, AdaptConfig):
         return _adapted_of(config)
     if isinstance(config, DiffusionConfig):
