@@ -1,5 +1,6 @@
 """FSDP2 on a CPU: two processes share out the weights, and one opens what they saved; and the launchers' configs."""
 
+import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -8,8 +9,10 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from accelerate import ParallelismConfig
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils.launch import prepare_multi_gpu_env
 from PIL import Image
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
@@ -49,6 +52,22 @@ def test_two_processes_that_share_the_weights_out_are_one(tmp_path: Path):
             torch.testing.assert_close(found[file][k], v, rtol=0, atol=1e-6)
     held_out = [[r["held_out"] for r in logged(x) if "held_out" in r][-1] for x in (tmp_path / "one", run)]
     assert held_out[0] == pytest.approx(held_out[1], rel=1e-5)
+
+
+def test_hybrid_sharding_is_one_process(tmp_path: Path):
+    """2 x 2: sharded inside a pair, replicated across the pairs; saved by the first pair alone, gone on from by all
+    four, and by one."""
+    go(tmp_path / "one", dropout=0.0, config={"batch_size": 8, "images": 80})
+    run, how = tmp_path / "four", {"dropout": 0.0, "share_out": (2, 2)}
+    assert together(run, 4, **how, config={"batch_size": 2, "images": 48}) == [0] * 4
+    assert len(list((newest(run) / "net").iterdir())) == 2
+    assert together(run, 4, **how, config={"batch_size": 2, "images": 64}) == [0] * 4
+    go(run, dropout=0.0, config={"batch_size": 8, "images": 80})
+    (expected, _), (found, _) = (checkpoint.load(newest(tmp_path / x)) for x in ("one", "four"))
+    for file in ("net", "net_ema", "critic", "net_optimizer"):
+        assert found[file].keys() == expected[file].keys()
+        for k, v in expected[file].items():
+            torch.testing.assert_close(found[file][k], v, rtol=0, atol=1e-6)
 
 
 @pytest.fixture(scope="module")
@@ -186,23 +205,31 @@ def test_layers_of_the_innermost_lists_are_units(monkeypatch):
     assert not isinstance(net, FSDPModule)
 
 
-@pytest.mark.parametrize("name", ["one_gpu", "eight_gpus", "fsdp2", "deepspeed"])
+@pytest.mark.parametrize("name", ["one_gpu", "eight_gpus", "fsdp2", "hsdp", "deepspeed"])
 def test_accelerates_own_loader_takes_the_configs(name: str, monkeypatch):
     """And would launch as many processes of that kind, without settings that would be counted twice."""
     file = ACCELERATE / f"{name}.yaml"
     config = load_config_from_file(str(file))
-    assert config.to_dict()["num_processes"] == (1 if name == "one_gpu" else 8)
+    assert config.to_dict()["num_processes"] == {"one_gpu": 1, "hsdp": 16}.get(name, 8)
     for module in ("accelerate.commands.launch", "accelerate.utils"):
         monkeypatch.setattr(f"{module}.is_deepspeed_available", lambda: True, raising=False)
     monkeypatch.setattr("accelerate.commands.launch.is_bf16_available", lambda *a: True, raising=False)
     parser = launch_command_parser()
     args, _, _ = _validate_launch_command(parser.parse_args(["--config_file", str(file), "-m", "training.cli"]))
-    kinds = {"one_gpu": None, "eight_gpus": "multi_gpu", "fsdp2": "use_fsdp", "deepspeed": "use_deepspeed"}
+    kinds = {"one_gpu": None, "eight_gpus": "multi_gpu", "deepspeed": "use_deepspeed"}
+    kinds |= {"fsdp2": "use_fsdp", "hsdp": "use_fsdp"}
     assert [k for k in ("multi_gpu", "use_fsdp", "use_deepspeed") if getattr(args, k)] == [
         k for k in [kinds[name]] if k
     ]
     assert args.mixed_precision == "no"  # the run's own decides
     raw = yaml.safe_load(file.read_text())
     assert raw.get("deepspeed_config", {}).get("gradient_accumulation_steps", 1) == 1
-    if name == "fsdp2":
+    if name == "hsdp":
+        environment = prepare_multi_gpu_env(args)
+        monkeypatch.setattr("os.environ", {**os.environ, **environment})
+        mesh = ParallelismConfig()
+        assert environment["ACCELERATE_USE_PARALLELISM_CONFIG"] == "true" and args.num_machines == 2
+        assert (mesh.dp_replicate_size, mesh.dp_shard_size) == (2, 8)
+        assert mesh.fsdp_dim_names == ["dp_replicate", "dp_shard_cp"]
+    if name in ("fsdp2", "hsdp"):
         assert str(args.fsdp_version) == "2" and args.fsdp_state_dict_type == "SHARDED_STATE_DICT"
