@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
@@ -52,9 +53,10 @@ class _Recorder(TorchDispatchMode):
         if not (func._schema.is_mutable and isinstance(target, Tensor) and target.is_meta):
             return func(*args, **named)
         others = [x for x in (*args[1:], *named.values()) if isinstance(x, Tensor) and x.is_meta]
-        if others or named.get("generator") is not None:
+        key = target.untyped_storage()._cdata
+        if others or key not in self.writes or named.get("generator") is not None:
             raise NotImplementedError(f"{func}: cannot be recorded, to be done when weights are sharded")
-        _, writes = self.writes[target.untyped_storage()._cdata]
+        _, writes = self.writes[key]
         state = None
         if torch.Tag.nondeterministic_seeded in func.tags:
             state = torch.get_rng_state()
@@ -84,6 +86,15 @@ class _Recorder(TorchDispatchMode):
         return make
 
 
+class _LooksReal(TorchFunctionMode):
+    """``nn.init.trunc_normal_`` and others do nothing, silently, to what is on the meta device: without its name they
+    go on, and are recorded or fail."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        hidden: Any = torch.Tensor.is_meta
+        return False if func == hidden.__get__ else func(*args, **(kwargs or {}))
+
+
 def _is_host(device: Any) -> bool:
     return torch.device(device or torch.get_default_device()).type == "cpu"
 
@@ -98,10 +109,11 @@ def deferred(build: Callable[[], Net]) -> Net:
     The random stream stands afterwards where it would stand if they had been made.
 
     Raises:
-        NotImplementedError: an initialization that cannot be recorded.
+        NotImplementedError, RuntimeError: an initialization that cannot be recorded, since it
+            depends on the values.
     """
     recorder = _Recorder()
-    with recorder:
+    with recorder, _LooksReal():
         net = build()
     for p in net.parameters():
         if p.is_meta:
