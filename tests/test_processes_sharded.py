@@ -1,6 +1,9 @@
 """FSDP2 on a CPU: two processes share out the weights, and one opens what they saved; and the launchers' configs."""
 
+import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -95,6 +98,13 @@ def test_a_task_that_is_shared_out_is_that_of_one_process(name: str, unets: Path
         assert found[file].keys() == expected[file].keys()
         for k, v in expected[file].items():
             torch.testing.assert_close(found[file][k], v, rtol=0, atol=1e-4)  # Adam makes much of small differences
+
+
+def test_a_base_that_is_sharded_is_trained_as_by_one_process(unets: Path):
+    one, two = losses(unets / "adapt"), losses(unets / "adapt_fsdp2")
+    assert len(one) == len(two) and any("held_out_loss" in row for row in two)
+    for alone, both in zip(one, two, strict=True):
+        assert both == pytest.approx(alone, rel=1e-5)
 
 
 @pytest.mark.parametrize("name", ["fsdp2", "kept"])
@@ -233,3 +243,21 @@ def test_accelerates_own_loader_takes_the_configs(name: str, monkeypatch):
         assert mesh.fsdp_dim_names == ["dp_replicate", "dp_shard_cp"]
     if name in ("fsdp2", "hsdp"):
         assert str(args.fsdp_version) == "2" and args.fsdp_state_dict_type == "SHARDED_STATE_DICT"
+
+
+@pytest.mark.slow
+def test_a_process_holds_a_unit_beside_its_shards(tmp_path: Path):
+    """On the host, of a network of 390 MB: while it is made and sharded, saved, and gone on from."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "1000000"}
+    command = [sys.executable, "-m", "tests.sharded_memory", str(tmp_path)]
+    jobs = [subprocess.Popen([*command, str(rank), "4"], cwd=ROOT, env=environment) for rank in range(2)]
+    assert [job.wait(300) for job in jobs] == [0, 0]
+    for rank in range(2):
+        stages = json.loads((tmp_path / f"{rank}.json").read_text())
+        unit, shards = stages["sizes"]["unit"], stages["sizes"]["network"] / 2
+        slack = 48 * 2**20  # what torch loads on the way
+        assert stages["sharded"]["peak"] < shards + unit + slack
+        state = stages["stepped"]["after"]  # weights, average and two moments
+        assert state == pytest.approx(4 * shards, abs=slack)
+        assert stages["saved"]["peak"] < state + slack
+        assert stages["resumed"]["peak"] < state + 2 * shards + unit + slack  # the new moments beside the old ones

@@ -8,6 +8,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import cached_property
 from multiprocessing import forkserver
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any
 from unittest import mock
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, ParallelismConfig
 from torch import Tensor, nn
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
@@ -94,12 +95,17 @@ class Toy:
             self.player("critic", critic, self.critic_loss, accelerator, 0.0, 24),
         ]
 
+    @cached_property
+    def mesh_of_two(self) -> torch.distributed.DeviceMesh:
+        """What accelerate makes of dp_replicate_size and dp_shard_size, as ``processes.prepare`` takes it."""
+        replicate, shard = self.share_out
+        sizes = ParallelismConfig(dp_replicate_size=replicate, dp_shard_size=shard)
+        return sizes.build_device_mesh("cpu")[tuple(sizes.fsdp_dim_names)]
+
     def player(self, name, module, loss, accelerator, decay, start) -> Player:
         config = Optimizer(learning_rate=1e-2, lr_scheduler="cosine", lr_warmup_images=24, **self.how)
         if self.share_out:
-            shape = self.share_out if isinstance(self.share_out, tuple) else (2,)
-            names = ("replicate", "shard")[-len(shape) :]
-            mesh = torch.distributed.init_device_mesh("cpu", shape, mesh_dim_names=names)
+            mesh = torch.distributed.init_device_mesh("cpu", (2,)) if self.share_out is True else self.mesh_of_two
             prepared = processes.share_out(module, mesh=mesh)
         else:
             prepared = accelerator.prepare(module)
