@@ -93,6 +93,22 @@ def test_one_flipped_bit_is_found(name: str, place: float, tmp_path: Path):
     assert_same_bits(load(listed(tmp_path)[-1])[0], tensors(1))
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_damage_that_one_process_finds_all_hear_of(rank: int, tmp_path: Path, monkeypatch):
+    """And each of them names the same earlier checkpoint."""
+    first, second = (save(tmp_path, n, tensors(n), {}, Keep(2)) for n in (5, 10))
+    (second / "net.safetensors").write_bytes(b"")
+    found = [checkpoint.problem(second, rank=r, world=2) for r in range(2)]
+    assert sum(x is not None for x in found) == 1
+    monkeypatch.setattr(checkpoint.sharded, "rank_and_world", lambda: (rank, 2))
+    others = iter([found[1 - rank], None])  # of the second, then of the first
+    monkeypatch.setattr(checkpoint.sharded, "gather_objects", lambda mine: [mine, next(others)])
+    with pytest.raises(
+        CheckpointError, match=rf"net.safetensors: missing or damaged.*go on from {re.escape(str(first))}"
+    ):
+        load(second)
+
+
 @pytest.mark.parametrize("damage", ["unlink", "truncate"])
 def test_a_file_that_is_gone_or_short_is_found(damage: str, tmp_path: Path):
     folder = save(tmp_path, 5, tensors(1), {}, Keep(2))

@@ -128,6 +128,18 @@ def test_a_damaged_shard_is_named(tmp_path: Path):
         checkpoint.load(newest(run))
 
 
+def test_a_disk_that_is_full_for_another_process_leaves_no_orphan(one_process, tmp_path: Path, monkeypatch):
+    net = processes.share_out(nn.Linear(3, 2), mesh=torch.distributed.init_device_mesh("cpu", (1,)))
+    files = {"net": dict(net.named_parameters())}
+    checkpoint.save(tmp_path, 1, files, {}, checkpoint.Keep(2))
+    monkeypatch.setattr(sharded, "gather_objects", lambda mine: [mine, ({}, "No space left on device")])
+    with pytest.raises(OSError, match=r"images_000000002: could not be written \(No space left on device\)"):
+        checkpoint.save(tmp_path, 2, files, {}, checkpoint.Keep(2))
+    monkeypatch.undo()
+    assert [p.name for p in tmp_path.iterdir()] == ["images_000000001"]
+    assert checkpoint.load(checkpoint.listed(tmp_path)[-1])[0]["net"]["weight"].equal(net.weight.full_tensor())
+
+
 def test_what_is_whole_stays_whole():
     whole = torch.arange(6.0).view(2, 3)
     assert sharded.like(whole, torch.zeros(2, 3)) is whole
@@ -163,6 +175,7 @@ def test_half_precision_does_not_round_what_goes_in(precision: str, inner: torch
         state=SimpleNamespace(fsdp_plugin=SimpleNamespace(reshard_after_forward=True, cpu_offload=None)),
     )  # fmt: skip
     module = Timed()
+    module.to = None  # never whole to the device: FSDP2 moves one unit after the other
     assert processes.prepare(fake, module) is module and isinstance(module, FSDPModule)
     out = module(torch.tensor([997.0, 3.0]))
     ((time, dtype),) = module.seen
