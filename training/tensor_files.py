@@ -120,7 +120,7 @@ def _box(low: Sequence[int], high: Sequence[int], origin: Sequence[int]) -> tupl
     return tuple(slice(a - o, b - o) for a, b, o in zip(low, high, origin, strict=True))
 
 
-Stored = Mapping[str, Tensor | StoredTensor]
+Stored = Mapping[str, Any]  # of Tensor and StoredTensor; single numbers are tensors
 
 
 def stored(files: Sequence[Path]) -> dict[str, Tensor | StoredTensor]:
