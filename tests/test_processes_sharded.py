@@ -18,13 +18,14 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from accelerate.utils.launch import prepare_multi_gpu_env
 from PIL import Image
 from torch import nn
+from torch.distributed import checkpoint as dcp
 from torch.distributed.fsdp import FSDPModule
 
 from tests.killed import losses
 from tests.killed_together import shared_out
 from tests.live_bytes import LiveBytes
 from tests.toy import ROOT, begun, ended, go, logged, together
-from training import checkpoint, processes, sharded, state
+from training import checkpoint, processes, sharded, state, tensor_files
 from training.checkpoint import CheckpointError
 from training.ema import EMA
 from training.fit import ConfigError
@@ -144,6 +145,21 @@ def test_a_disk_that_is_full_for_another_process_leaves_no_orphan(one_process, t
     monkeypatch.undo()
     assert [p.name for p in tmp_path.iterdir()] == ["images_000000001"]
     assert checkpoint.load(newest(tmp_path))[0]["net"]["weight"].equal(net.weight.full_tensor())
+
+
+def test_shards_are_files_of_torchs_distributed_checkpoint(one_process, tmp_path: Path):
+    """Which reads ours, and ours are read where it wrote them, as older versions of this package let it."""
+    net = processes.share_out(nn.Linear(3, 5), mesh=torch.distributed.init_device_mesh("cpu", (1,)))
+    flat: dict[str, torch.Tensor] = dict(net.named_parameters())
+    (tmp_path / "ours").mkdir()
+    (name,) = sharded.save(tmp_path / "ours", flat)
+    dcp.save(flat, storage_writer=dcp.HuggingFaceStorageWriter(path=str(tmp_path / "theirs"), save_distributed=True))
+    assert [p.name for p in (tmp_path / "theirs").iterdir()] == [name]
+    again = {k: torch.zeros(p.shape) for k, p in flat.items()}
+    dcp.load(again, storage_reader=dcp.HuggingFaceStorageReader(path=str(tmp_path / "ours")))
+    there = tensor_files.stored([tmp_path / "theirs" / name])
+    for k, p in net.named_parameters():
+        assert again[k].equal(p.full_tensor()) and tensor_files.read(there[k]).equal(p.full_tensor())
 
 
 def test_going_on_holds_one_tensor_beside_the_state(one_process, tmp_path: Path):

@@ -64,7 +64,7 @@ class _Recorder(TorchDispatchMode):
             func(drawn, *args[1:], **named)  # for the stream of random numbers alone
         if func in OVERWRITES and target.numel() * target.element_size() == _bytes(target):
             writes.clear()
-        layout = target.size(), target.stride(), target.storage_offset()
+        layout = target.size(), target.stride(), int(target.storage_offset())
         writes.append(_Write(func, *layout, args[1:], named, state))
         return func(*args, **named)
 

@@ -67,7 +67,8 @@ def write(file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
 
 
 def _bytes(x: Tensor) -> memoryview:
-    return memoryview(x.detach().to("cpu").contiguous().flatten().view(torch.uint8).numpy())
+    numbers: Any = x.detach().to("cpu").contiguous().flatten().view(torch.uint8).numpy()
+    return memoryview(numbers)
 
 
 class StoredTensor:
