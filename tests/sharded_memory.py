@@ -61,7 +61,7 @@ def main(folder: Path, rank: int, layers: int) -> None:
 
     def player() -> Player:
         torch.manual_seed(0)
-        net = processes.build(accelerator, lambda: DiT(**sizes, num_layers=layers))
+        net = processes.build_network(accelerator, lambda: DiT(**sizes, num_layers=layers))
         whole = 4 * sum(p.numel() for p in net.parameters())
         unit = 4 * sum(p.numel() for p in net.transformer_blocks[0].parameters())
         peak.stages = {"sizes": {"network": whole, "unit": unit}}

@@ -107,7 +107,7 @@ def test_one_unit_at_a_time_is_whole(first_of_eight):
     """Beside the shards no more than a block, and what is drawn for it."""
     block = 4 * sum(p.numel() for p in DiT(**DIT, num_layers=1).transformer_blocks.parameters())
     with LiveBytes() as memory:
-        net = deferred(lambda: DiT(**DIT, num_layers=24))
+        net = deferred(lambda: DiT(**DIT, num_layers=12))
     assert memory.peak < block + 128 * 1024  # a tensor, the states of the random numbers, the table of positions
     whole = 4 * sum(p.numel() for p in net.parameters())
     with LiveBytes() as memory:

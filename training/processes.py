@@ -89,7 +89,7 @@ def check_launcher() -> None:
         )
 
 
-def build(accelerator: Accelerator, make: Callable[[], Net]) -> Net:
+def build_network(accelerator: Accelerator, make: Callable[[], Net]) -> Net:
     """The network that ``make`` builds on the host; under FSDP2 on the meta device, until ``prepare`` shards it."""
     return deferred.deferred(make) if accelerator.is_fsdp2 else make()
 
@@ -98,9 +98,9 @@ def prepare(accelerator: Accelerator, module: nn.Module) -> nn.Module:
     """The module on its device, wrapped for several processes; under FSDP2 sharded block by block; for ZeRO, which
     takes it together with its optimizer, as it is.
 
-    Under FSDP2 the module may be on the host, or on the meta device (``build``): one block at a time is moved to the
-    device, whole. accelerate shards a module together with its optimizer only, and ours is made afterwards, on what is
-    sharded.
+    Under FSDP2 the module may be on the host, or on the meta device (``build_network``): one block at a time is moved
+    to the device, whole. accelerate shards a module together with its optimizer only, and ours is made afterwards, on
+    what is sharded.
     """
     if zero.asked():
         return under_autocast(accelerator, module.to(accelerator.device))

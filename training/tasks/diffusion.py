@@ -40,7 +40,7 @@ from ..loop import Batch
 from ..noise import noises
 from ..objective import path_of, prediction_of, times, weights
 from ..preflight import Sizes
-from ..processes import build
+from ..processes import build_network
 from ..schema import AdaptConfig, DiffusionConfig, DiTModel, Times, UNetModel
 from ..sources import Split
 from .common import player, tuned
@@ -86,7 +86,7 @@ class DiffusionTask:
                 self.text = reading(config, self.encoders.keep_text())
         else:
             how, path, prediction = config.timesteps, path_of(config.path), prediction_of(config)
-            self.net = build(accelerator, lambda: network(config, sizes_of(self.about)))
+            self.net = build_network(accelerator, lambda: network(config, sizes_of(self.about)))
             self.schedule = default_schedule(path, prediction, FAMILY[config.model.name], how.shift)
         path, prediction = self.schedule.path, self.schedule.prediction
         self.time = partial(times, how, config.train.batch_size, path)
