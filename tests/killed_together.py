@@ -129,7 +129,8 @@ def one_and_two(root: Path, tasks: tuple[str, ...]) -> None:
 def shared_out(root: Path, train: dict[str, Any]) -> None:
     """The UNet by one process, in ROOT/unet; and with its weights shared out between two as accelerate's FSDP2 config
     asks for, in ROOT/fsdp2 and, with
-    ``fsdp_reshard_after_forward: false``, in ROOT/kept: trained and exported by both, and exported by one again."""
+    ``fsdp_reshard_after_forward: false``, in ROOT/kept: trained and exported by both, and exported by one again. And
+    the whole UNet trained on, by one process in ROOT/adapt and sharded between two in ROOT/adapt_fsdp2."""
     prepared(root)
     how = {"images": 24, "log_every": 8, "validate_every": 16, "sample_every": 16, "timeout_minutes": 3, **train}
     one, two = configs(root, root, **how, batch_size=4), configs(root, root / "two", **how)
@@ -143,6 +144,12 @@ def shared_out(root: Path, train: dict[str, Any]) -> None:
         assert codes == [0] * WORLD, [(root / f"{name}_said.{r}.txt").read_text()[-3000:] for r in range(WORLD)]
         (root / name / "pipeline").rename(root / name / "by_two")
         trained(raw, root / f"{name}.txt")  # the same command in one process: nothing to train, so it exports
+    few = {"images": 8, "validate_every": 8, "sample_every": 10**6}
+    adapt = {k: v for k, v in one["adapt"].items() if k not in ("lora", "train_text_encoder", "new_tokens", "prior")}
+    trained(adapt | {"train": one["adapt"]["train"] | few}, root / "adapt.txt")
+    raw = adapt | {"train": two["adapt"]["train"] | few, "output_dir": str(root / "adapt_fsdp2")}
+    codes = ends(job(raw, root / "adapt_said", train=partial(train_shared_out, reshard=True)), 5 * LIMIT)
+    assert codes == [0] * WORLD, [(root / f"adapt_said.{r}.txt").read_text()[-3000:] for r in range(WORLD)]
 
 
 def train_shared_out(raw: dict[str, Any], *, reshard: bool) -> None:
@@ -154,7 +161,7 @@ def train_shared_out(raw: dict[str, Any], *, reshard: bool) -> None:
     from training.config import dump, parse
     from training.run import build, inputs_of, open_data
 
-    config, run = parse(raw, "unet"), Path(raw["output_dir"])
+    config, run = parse(raw, raw["task"]), Path(raw["output_dir"])
     run.mkdir(exist_ok=True)
     (run / "config.yaml").write_text(dump(config))
     accelerator = processes.started(config.train, config.train.mixed_precision)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from tests.toy import begun
-from training import checkpoint
+from training import checkpoint, tensor_files
 from training.checkpoint import CheckpointError, Keep, listed, load, save
 
 
@@ -93,6 +93,22 @@ def test_one_flipped_bit_is_found(name: str, place: float, tmp_path: Path):
     assert_same_bits(load(listed(tmp_path)[-1])[0], tensors(1))
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_damage_that_one_process_finds_all_hear_of(rank: int, tmp_path: Path, monkeypatch):
+    """And each of them names the same earlier checkpoint."""
+    first, second = (save(tmp_path, n, tensors(n), {}, Keep(2)) for n in (5, 10))
+    (second / "net.safetensors").write_bytes(b"")
+    found = [checkpoint.problem(second, rank=r, world=2) for r in range(2)]
+    assert sum(x is not None for x in found) == 1
+    monkeypatch.setattr(checkpoint.sharded, "rank_and_world", lambda: (rank, 2))
+    others = iter([found[1 - rank], None])  # of the second, then of the first
+    monkeypatch.setattr(checkpoint.sharded, "gather_objects", lambda mine: [mine, next(others)])
+    with pytest.raises(
+        CheckpointError, match=rf"net.safetensors: missing or damaged.*go on from {re.escape(str(first))}"
+    ):
+        load(second)
+
+
 @pytest.mark.parametrize("damage", ["unlink", "truncate"])
 def test_a_file_that_is_gone_or_short_is_found(damage: str, tmp_path: Path):
     folder = save(tmp_path, 5, tensors(1), {}, Keep(2))
@@ -122,22 +138,23 @@ def test_leftovers_of_a_killed_save_do_not_pile_up(tmp_path: Path):
     assert names(tmp_path) == ["images_000000005", "images_000000010"]
 
 
-@pytest.mark.parametrize("where", ["save_file", "file_hash", "replace_folder"])
+@pytest.mark.parametrize("where", ["write", "replace_folder"])
 @pytest.mark.parametrize("images", [5, 10])
 def test_a_full_disk_leaves_the_old_and_no_orphan(where: str, images: int, tmp_path: Path, monkeypatch):
-    """Half-way through the files, through the hashes, or at the end; also where the same number is replaced."""
+    """Half-way through the files, or at the end; also where the same number is replaced."""
     save(tmp_path, 5, tensors(1), {}, Keep(1))
-    plain, calls = getattr(checkpoint, where), []
+    module = tensor_files if where == "write" else checkpoint
+    plain, calls = getattr(module, where), []
 
     def full(*args):
         calls.append(args)
         if len(calls) == (1 if where == "replace_folder" else 2):
-            if where == "save_file":
-                Path(args[1]).write_bytes(b"half a file")
+            if where == "write":
+                Path(args[0]).write_bytes(b"half a file")
             raise OSError(errno.ENOSPC, "No space left on device")
         return plain(*args)
 
-    monkeypatch.setattr(checkpoint, where, full)
+    monkeypatch.setattr(module, where, full)
     with pytest.raises(OSError, match="No space left"):
         save(tmp_path, images, tensors(2), {}, Keep(1))
     monkeypatch.undo()

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from tests.toy import ROOT, Toy, differing, go, logged
-from training import checkpoint
+from training import checkpoint, tensor_files
 from training.checkpoint import CheckpointError, Keep, Saver, best_of, images_of, listed, load, save
 
 
@@ -119,7 +119,7 @@ def test_an_error_in_the_background_comes_out(tmp_path: Path, monkeypatch):
     def full(*args):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "save_file", full)
+    monkeypatch.setattr(tensor_files, "write", full)
     with pytest.raises(OSError, match="No space left"):  # of the first, at the second
         go(tmp_path / "a", config={"async_checkpoint": True})
     with pytest.raises(OSError, match="No space left"):  # of the last, at the end

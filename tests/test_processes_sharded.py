@@ -1,5 +1,9 @@
 """FSDP2 on a CPU: two processes share out the weights, and one opens what they saved; and the launchers' configs."""
 
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -8,24 +12,33 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from accelerate import ParallelismConfig
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils.launch import prepare_multi_gpu_env
 from PIL import Image
 from torch import nn
+from torch.distributed import checkpoint as dcp
 from torch.distributed.fsdp import FSDPModule
 
 from tests.killed import losses
 from tests.killed_together import shared_out
+from tests.live_bytes import LiveBytes
 from tests.toy import ROOT, begun, ended, go, logged, together
-from training import checkpoint, processes, sharded
+from training import checkpoint, processes, sharded, state, tensor_files
 from training.checkpoint import CheckpointError
+from training.ema import EMA
 from training.fit import ConfigError
+from training.loop import Player
+from training.optim import Guarded
+from training.schema import Optimizer
 
 ACCELERATE = ROOT / "configs" / "accelerate"
 
 
 def newest(run: Path) -> Path:
-    return checkpoint.listed(run / "checkpoints")[-1]
+    root = run / "checkpoints"
+    return checkpoint.listed(root if root.exists() else run)[-1]
 
 
 def test_two_processes_that_share_the_weights_out_are_one(tmp_path: Path):
@@ -49,6 +62,22 @@ def test_two_processes_that_share_the_weights_out_are_one(tmp_path: Path):
             torch.testing.assert_close(found[file][k], v, rtol=0, atol=1e-6)
     held_out = [[r["held_out"] for r in logged(x) if "held_out" in r][-1] for x in (tmp_path / "one", run)]
     assert held_out[0] == pytest.approx(held_out[1], rel=1e-5)
+
+
+def test_hybrid_sharding_is_one_process(tmp_path: Path):
+    """2 x 2: sharded inside a pair, replicated across the pairs; saved by the first pair alone, gone on from by all
+    four, and by one."""
+    go(tmp_path / "one", dropout=0.0, config={"batch_size": 8, "images": 80})
+    run, how = tmp_path / "four", {"dropout": 0.0, "share_out": (2, 2)}
+    assert together(run, 4, **how, config={"batch_size": 2, "images": 48}) == [0] * 4
+    assert len(list((newest(run) / "net").iterdir())) == 2
+    assert together(run, 4, **how, config={"batch_size": 2, "images": 64}) == [0] * 4
+    go(run, dropout=0.0, config={"batch_size": 8, "images": 80})
+    (expected, _), (found, _) = (checkpoint.load(newest(tmp_path / x)) for x in ("one", "four"))
+    for file in ("net", "net_ema", "critic", "net_optimizer"):
+        assert found[file].keys() == expected[file].keys()
+        for k, v in expected[file].items():
+            torch.testing.assert_close(found[file][k], v, rtol=0, atol=1e-6)
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +107,13 @@ def test_a_task_that_is_shared_out_is_that_of_one_process(name: str, unets: Path
             torch.testing.assert_close(found[file][k], v, rtol=0, atol=1e-4)  # Adam makes much of small differences
 
 
+def test_a_base_that_is_sharded_is_trained_as_by_one_process(unets: Path):
+    one, two = losses(unets / "adapt"), losses(unets / "adapt_fsdp2")
+    assert len(one) == len(two) and any("held_out_loss" in row for row in two)
+    for alone, both in zip(one, two, strict=True):
+        assert both == pytest.approx(alone, rel=1e-5)
+
+
 @pytest.mark.parametrize("name", ["fsdp2", "kept"])
 def test_what_two_export_together_is_what_one_exports_from_their_checkpoint(name: str, unets: Path):
     files = sorted(
@@ -97,6 +133,61 @@ def test_a_damaged_shard_is_named(tmp_path: Path):
     shard.write_bytes(content)
     with pytest.raises(CheckpointError, match=rf"net/{shard.name}: missing or damaged .*images_000000032"):
         checkpoint.load(newest(run))
+
+
+def test_a_disk_that_is_full_for_another_process_leaves_no_orphan(one_process, tmp_path: Path, monkeypatch):
+    net = processes.share_out(nn.Linear(3, 2), mesh=torch.distributed.init_device_mesh("cpu", (1,)))
+    files = {"net": dict(net.named_parameters())}
+    checkpoint.save(tmp_path, 1, files, {}, checkpoint.Keep(2))
+    monkeypatch.setattr(sharded, "gather_objects", lambda mine: [mine, ({}, "No space left on device")])
+    with pytest.raises(OSError, match=r"images_000000002: could not be written \(No space left on device\)"):
+        checkpoint.save(tmp_path, 2, files, {}, checkpoint.Keep(2))
+    monkeypatch.undo()
+    assert [p.name for p in tmp_path.iterdir()] == ["images_000000001"]
+    assert checkpoint.load(newest(tmp_path))[0]["net"]["weight"].equal(net.weight.full_tensor())
+
+
+def test_shards_are_files_of_torchs_distributed_checkpoint(one_process, tmp_path: Path):
+    """Which reads ours, and ours are read where it wrote them, as older versions of this package let it."""
+    net = processes.share_out(nn.Linear(3, 5), mesh=torch.distributed.init_device_mesh("cpu", (1,)))
+    flat: dict[str, torch.Tensor] = dict(net.named_parameters())
+    (tmp_path / "ours").mkdir()
+    (name,) = sharded.save(tmp_path / "ours", flat)
+    dcp.save(flat, storage_writer=dcp.HuggingFaceStorageWriter(path=str(tmp_path / "theirs"), save_distributed=True))
+    assert [p.name for p in (tmp_path / "theirs").iterdir()] == [name]
+    again = {k: torch.zeros(p.shape) for k, p in flat.items()}
+    dcp.load(again, storage_reader=dcp.HuggingFaceStorageReader(path=str(tmp_path / "ours")))
+    there = tensor_files.stored([tmp_path / "theirs" / name])
+    for k, p in net.named_parameters():
+        assert again[k].equal(p.full_tensor()) and tensor_files.read(there[k]).equal(p.full_tensor())
+
+
+def test_going_on_holds_one_tensor_beside_the_state(one_process, tmp_path: Path):
+    """Not the parts of the checkpoint, which are four times the weights."""
+    mib, mesh = 2**20, torch.distributed.init_device_mesh("cpu", (1,))
+    accelerator: Any = SimpleNamespace(process_index=0, num_processes=1, device=torch.device("cpu"))
+
+    def player(value: float) -> Player:
+        net = processes.share_out(nn.Sequential(*(nn.Linear(512, 512, bias=False) for _ in range(10))), mesh=mesh)
+        optimizer = Guarded(net.named_parameters(), Optimizer(), 100)
+        for p in net.parameters():
+            p.grad = torch.full_like(p, value)
+        optimizer.step()
+        return Player(
+            "net", net, lambda batch, images: (torch.zeros(()), {}), optimizer, EMA(net.named_parameters(), 0.9)
+        )
+
+    first, second = player(1.0), player(2.0)
+    checkpoint.save(tmp_path, 1, *state.gathered([first], state.Progress({}), {}, accelerator), checkpoint.Keep(1))
+    with LiveBytes() as memory:
+        state.restored([second], newest(tmp_path), {}, {}, accelerator, 0)
+    assert memory.peak < 20 * mib + 4 * mib  # AdamW's new moments, and a tensor with its copies
+    for file in ("parameters", "tensors"):
+        one, two = (
+            dict(enumerate(x.optimizer.parameters)) if file == "parameters" else x.optimizer.tensors() | x.ema.tensors()
+            for x in (first, second)
+        )
+        assert one.keys() == two.keys() and all(sharded.gathered(two[k]).equal(sharded.gathered(one[k])) for k in one)
 
 
 def test_what_is_whole_stays_whole():
@@ -134,6 +225,7 @@ def test_half_precision_does_not_round_what_goes_in(precision: str, inner: torch
         state=SimpleNamespace(fsdp_plugin=SimpleNamespace(reshard_after_forward=True, cpu_offload=None)),
     )  # fmt: skip
     module = Timed()
+    module.to = None  # never whole to the device: FSDP2 moves one unit after the other
     assert processes.prepare(fake, module) is module and isinstance(module, FSDPModule)
     out = module(torch.tensor([997.0, 3.0]))
     ((time, dtype),) = module.seen
@@ -186,23 +278,49 @@ def test_layers_of_the_innermost_lists_are_units(monkeypatch):
     assert not isinstance(net, FSDPModule)
 
 
-@pytest.mark.parametrize("name", ["one_gpu", "eight_gpus", "fsdp2", "deepspeed"])
+@pytest.mark.parametrize("name", ["one_gpu", "eight_gpus", "fsdp2", "hsdp", "deepspeed"])
 def test_accelerates_own_loader_takes_the_configs(name: str, monkeypatch):
     """And would launch as many processes of that kind, without settings that would be counted twice."""
     file = ACCELERATE / f"{name}.yaml"
     config = load_config_from_file(str(file))
-    assert config.to_dict()["num_processes"] == (1 if name == "one_gpu" else 8)
+    assert config.to_dict()["num_processes"] == {"one_gpu": 1, "hsdp": 16}.get(name, 8)
     for module in ("accelerate.commands.launch", "accelerate.utils"):
         monkeypatch.setattr(f"{module}.is_deepspeed_available", lambda: True, raising=False)
     monkeypatch.setattr("accelerate.commands.launch.is_bf16_available", lambda *a: True, raising=False)
     parser = launch_command_parser()
     args, _, _ = _validate_launch_command(parser.parse_args(["--config_file", str(file), "-m", "training.cli"]))
-    kinds = {"one_gpu": None, "eight_gpus": "multi_gpu", "fsdp2": "use_fsdp", "deepspeed": "use_deepspeed"}
+    kinds = {"one_gpu": None, "eight_gpus": "multi_gpu", "deepspeed": "use_deepspeed"}
+    kinds |= {"fsdp2": "use_fsdp", "hsdp": "use_fsdp"}
     assert [k for k in ("multi_gpu", "use_fsdp", "use_deepspeed") if getattr(args, k)] == [
         k for k in [kinds[name]] if k
     ]
     assert args.mixed_precision == "no"  # the run's own decides
     raw = yaml.safe_load(file.read_text())
     assert raw.get("deepspeed_config", {}).get("gradient_accumulation_steps", 1) == 1
-    if name == "fsdp2":
+    if name == "hsdp":
+        environment = prepare_multi_gpu_env(args)
+        monkeypatch.setattr("os.environ", {**os.environ, **environment})
+        mesh = ParallelismConfig()
+        assert environment["ACCELERATE_USE_PARALLELISM_CONFIG"] == "true" and args.num_machines == 2
+        assert (mesh.dp_replicate_size, mesh.dp_shard_size) == (2, 8)
+        assert mesh.fsdp_dim_names == ["dp_replicate", "dp_shard_cp"]
+    if name in ("fsdp2", "hsdp"):
         assert str(args.fsdp_version) == "2" and args.fsdp_state_dict_type == "SHARDED_STATE_DICT"
+
+
+@pytest.mark.slow
+def test_a_process_holds_a_unit_beside_its_shards(tmp_path: Path):
+    """On the host, of a network of 390 MB: while it is made and sharded, saved, and gone on from."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "1000000"}
+    command = [sys.executable, "-m", "tests.sharded_memory", str(tmp_path)]
+    jobs = [subprocess.Popen([*command, str(rank), "4"], cwd=ROOT, env=environment) for rank in range(2)]
+    assert [job.wait(300) for job in jobs] == [0, 0]
+    for rank in range(2):
+        stages = json.loads((tmp_path / f"{rank}.json").read_text())
+        unit, shards = stages["sizes"]["unit"], stages["sizes"]["network"] / 2
+        slack = 48 * 2**20  # what torch loads on the way
+        assert stages["sharded"]["peak"] < shards + unit + slack
+        held = stages["stepped"]["after"]  # weights, average and two moments
+        assert held == pytest.approx(4 * shards, abs=slack)
+        assert stages["saved"]["peak"] < held + slack
+        assert stages["resumed"]["peak"] < held + 2 * shards + unit + slack  # the new moments beside the old ones

@@ -8,6 +8,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import cached_property
 from multiprocessing import forkserver
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
@@ -15,11 +16,11 @@ from typing import Any
 from unittest import mock
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, ParallelismConfig
 from torch import Tensor, nn
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
-from training import processes
+from training import deferred, processes
 from training.ema import EMA
 from training.evaluate.report import read_log
 from training.loop import Player, train
@@ -80,23 +81,32 @@ class Toy:
         ema: float = 0.9,
         per_step: int = 8,
         optimizer: dict[str, Any] | None = None,
-        share_out: bool = False,
+        share_out: bool | tuple[int, int] = False,
         memory: int | None = None,
     ):
         self.act, self.rows, self.files, self.seen = act, rows or Numbers(), [], []
         self.per_step, self.how, self.share_out, self.memory = per_step, optimizer or {}, share_out, memory
         torch.manual_seed(3)
-        net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Dropout(dropout), nn.Linear(8, 4))
-        critic = nn.Linear(4, 1)
+        build: Any = deferred.deferred if share_out else lambda make: make()
+        net = build(lambda: nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Dropout(dropout), nn.Linear(8, 4)))
+        critic = build(lambda: nn.Linear(4, 1))
         self.players = [
             self.player("net", net, self.loss, accelerator, ema, 0),
             self.player("critic", critic, self.critic_loss, accelerator, 0.0, 24),
         ]
 
+    @cached_property
+    def mesh_of_two(self) -> torch.distributed.DeviceMesh:
+        """What accelerate makes of dp_replicate_size and dp_shard_size, as ``processes.prepare`` takes it."""
+        replicate, shard = self.share_out
+        sizes = ParallelismConfig(dp_replicate_size=replicate, dp_shard_size=shard)
+        return sizes.build_device_mesh("cpu")[tuple(sizes.fsdp_dim_names)]
+
     def player(self, name, module, loss, accelerator, decay, start) -> Player:
         config = Optimizer(learning_rate=1e-2, lr_scheduler="cosine", lr_warmup_images=24, **self.how)
         if self.share_out:
-            prepared = processes.share_out(module, mesh=torch.distributed.init_device_mesh("cpu", (2,)))
+            mesh = torch.distributed.init_device_mesh("cpu", (2,)) if self.share_out is True else self.mesh_of_two
+            prepared = processes.share_out(module, mesh=mesh)
         else:
             prepared = accelerator.prepare(module)
         optimizer = Guarded(module.named_parameters(), config, 320, per_step=self.per_step)

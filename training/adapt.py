@@ -82,11 +82,20 @@ class Trained(nn.Module):
         return self.net(x, time, told)
 
 
-def opened(config: AdaptConfig, base: Base, device: torch.device, mixed: str) -> Network:
-    """The base's denoiser on ``device``, in float32 where its own weights train; see ``learning``."""
-    frozen = config.lora is not None or not config.train_denoiser
-    net = base.open_net(frozen_dtype(config, device, mixed) if frozen else torch.float32)
-    return learning(config, tuned(net, config.train)).to(device)
+def opened(config: AdaptConfig, base: Base, device: torch.device, mixed: str, on_host: bool = False) -> Network:
+    """The base's denoiser on ``device``, in float32 where its own weights train; see ``learning``.
+
+    Args:
+        on_host: for weights that will be sharded, which brings them to the device and, where they
+            train, to float32 one unit after the other. Until then they are mapped from the file.
+    """
+    dtype = torch.float32
+    if config.lora is not None or not config.train_denoiser:
+        dtype = frozen_dtype(config, device, mixed)
+    elif on_host:
+        dtype = base.stored_dtype()
+    net = learning(config, tuned(base.open_net(dtype), config.train))
+    return net if on_host else net.to(device)
 
 
 def learning(config: AdaptConfig, net: Network) -> Network:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from pathlib import Path
@@ -71,6 +72,25 @@ class Base:
 
     def open_net(self, dtype: torch.dtype) -> Network:
         return self._opened(self.form.net, self.form.net_name, dtype)
+
+    def stored_dtype(self) -> torch.dtype:
+        """Of the denoiser's weights in their files; float32 where they are of several."""
+        from safetensors import safe_open
+
+        from ldm.models.loading import STEM
+        from ldm.models.text_files import which_variant
+
+        place = self.folder / self.form.net_name
+        variant = which_variant(place, self.variant)
+        names: set[str] = set()
+        for file in place.glob(f"{STEM}*.safetensors"):
+            middle = file.name.removeprefix(STEM).removesuffix(".safetensors")
+            if re.sub(r"-\d+-of-\d+", "", middle) != (f".{variant}" if variant else ""):
+                continue
+            with safe_open(file, "pt") as weights:
+                names |= {weights.get_slice(name).get_dtype() for name in weights.keys()}  # noqa: SIM118
+        known = {"BF16": torch.bfloat16, "F16": torch.float16}
+        return known.get(names.pop(), torch.float32) if len(names) == 1 else torch.float32
 
     def open_vae(self, dtype: torch.dtype) -> VAE:
         from ldm.models.vae import VAE

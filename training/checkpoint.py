@@ -11,12 +11,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch.distributed as dist
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from . import sharded
+from . import sharded, tensor_files
+from .tensor_files import Stored
 
 MANIFEST = "manifest.json"
 BEST = "best.json"
@@ -78,53 +76,89 @@ def _sync_folder(folder: Path) -> None:
 def save(root: Path, images: int, tensors: Files, state: dict[str, Any], keep: Keep, best: Any = None) -> Path:
     """Write ``root/images_000012345`` and delete those that ``keep`` does not hold.
 
-    Where tensors are shared out among processes (DTensor), every process calls this, and each writes its own shards.
+    One tensor at a time is copied to the host, written and hashed. Where tensors are sharded
+    (DTensor), every process calls this, and each writes its own shards.
 
     Args:
-        tensors: each written as NAME.safetensors, or as a folder NAME of such files where they are shared out.
+        tensors: each written as NAME.safetensors, or as a folder NAME of such files where they are
+            sharded.
         state: what is not tensors, as JSON.
-        best: what made this the best one so far; written to ``root/best.json``, which then names this folder.
+        best: what made this the best one so far; written to ``root/best.json``, which then names
+            this folder.
     Raises:
         OSError: the disk is full; what was there before is intact and nothing half-written is left.
     """
     final = root / f"images_{images:09d}"
     partial = root / (final.name + ".partial")
-    main, split = sharded.is_main(), [name for name, flat in tensors.items() if sharded.is_split(flat)]
-    if main:
-        for left in root.glob("images_*.*"):  # by a run that was killed
-            shutil.rmtree(left, ignore_errors=True)
-        partial.mkdir(parents=True)
+    main, split = sharded.is_main(), [k for k, flat in tensors.items() if sharded.is_split(flat)]
     try:
-        if split:
-            dist.barrier()  # the folder is there
-            for name in split:
-                sharded.save(partial / name, tensors[name])
+        hashes = _write_tensors(partial, tensors, split)
         if not main:
             return final
-        for name in tensors.keys() - set(split):
-            flat = {k: v.detach().contiguous().clone() for k, v in tensors[name].items()}
-            save_file(flat, partial / f"{name}.safetensors")
-        (partial / "state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
-        files = sorted(f for f in partial.rglob("*") if f.is_file())
-        hashes = {f.relative_to(partial).as_posix(): file_hash(f) for f in files}
-        (partial / MANIFEST).write_text(json.dumps(hashes, indent=1), encoding="utf-8")
+        text = json.dumps(state, indent=1).encode()
+        (partial / "state.json").write_bytes(text)
+        hashes["state.json"] = hashlib.sha256(text).hexdigest()
+        manifest = {name: hashes[name] for name in sorted(hashes)}
+        (partial / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
         replace_folder(partial, final)
         if best is not None:
             beside = root / "best.json.partial"
             beside.write_text(json.dumps({"folder": final.name, "best": best}), encoding="utf-8")
             beside.replace(root / BEST)
-    except (OSError, SafetensorError) as error:  # safetensors has its own for a full disk
-        shutil.rmtree(partial, ignore_errors=True)
+    except OSError as error:
+        if main:
+            shutil.rmtree(partial, ignore_errors=True)
         raise OSError(
-            f"{final}: could not be written ({error}); the checkpoints before it are whole: make room, and the same "
-            "command goes on from them"
+            f"{final}: could not be written ({error}); the checkpoints before it are whole: "
+            "make room, and the same command goes on from them"
         ) from error
     except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
+        if main:
+            shutil.rmtree(partial, ignore_errors=True)
         raise
     for old in _superfluous(root, keep):
         shutil.rmtree(old.rename(old.with_name(old.name + ".old")))  # renamed: no longer listed while it goes
     return final
+
+
+def _write_tensors(partial: Path, tensors: Files, split: Collection[str]) -> dict[str, str]:
+    """The tensor files in a new folder. Hashes by file: on the main process of all files.
+
+    Args:
+        split: names of those that are sharded.
+    Raises:
+        OSError: a file could not be written, by this process or, on the main one, by any.
+    """
+    hashes: dict[str, str] = {}
+    error: OSError | None = None
+    main = sharded.is_main()
+    try:
+        if main:
+            for left in partial.parent.glob("images_*.*"):  # by a run that was killed
+                shutil.rmtree(left, ignore_errors=True)
+            partial.mkdir(parents=True)
+            for name in tensors.keys() - set(split):
+                file = f"{name}.safetensors"
+                hashes[file] = tensor_files.write(partial / file, tensors[name])
+            for name in split:
+                (partial / name).mkdir()
+    except OSError as caught:
+        error = caught
+    if split:
+        sharded.barrier()  # the folders are there; where they are not, the others fail too
+        try:
+            for name in split:
+                written = sharded.save(partial / name, tensors[name])
+                hashes |= {f"{name}/{file}": digest for file, digest in written.items()}
+        except OSError as caught:
+            error = error or caught
+        everyone = sharded.gather_objects((hashes, error and str(error)))
+        hashes = {file: digest for part, _ in everyone for file, digest in part.items()}
+        if main and error is None:
+            error = next((OSError(text) for _, text in everyone if text), None)
+    if error is not None:
+        raise error
+    return hashes
 
 
 def _superfluous(root: Path, keep: Keep) -> list[Path]:
@@ -197,45 +231,63 @@ def best_of(root: Path) -> Path | None:
     return folder if (folder / MANIFEST).is_file() else None
 
 
-def problem(folder: Path, needed: Collection[str] = ()) -> str | None:
+def problem(folder: Path, needed: Collection[str] = (), rank: int = 0, world: int = 1) -> str | None:
     """What is wrong with a checkpoint: a file that is missing, cut or changed, or None.
 
     Args:
         needed: names of the tensor files without which a run cannot go on.
+        rank, world: of ``world`` processes each hashes its own part of the files.
     """
     try:
         hashes: dict[str, str] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:
         return f"{folder / MANIFEST}: damaged ({error})"
-    for name, expected in hashes.items():
-        file = folder / name
-        if not file.is_file() or file_hash(file) != expected:
-            return f"{file}: missing or damaged (hash differs from {MANIFEST})"
+    gone = [name for name in hashes if not (folder / name).is_file()]
+    if not gone:  # the largest files first, so that the parts are about equal
+        order = sorted(hashes, key=lambda name: (-(folder / name).stat().st_size, name))
+        gone = [x for x in order[rank::world] if file_hash(folder / x) != hashes[x]]
+    if gone:
+        return f"{folder / min(gone)}: missing or damaged (hash differs from {MANIFEST})"
     there = {name.split("/")[0].removesuffix(".safetensors") for name in hashes}
     missing = sorted({*needed, "state.json"} - there)
     return f"{folder}: has no {missing[0]}, without which a run cannot go on" if missing else None
 
 
-def load(folder: Path, needed: Collection[str] = ()) -> tuple[Files, dict[str, Any]]:
-    """Read a checkpoint after checking every file against the manifest.
+def _shared_problem(folder: Path, needed: Collection[str]) -> str | None:
+    """``problem``, the same in all processes: each file is hashed once, by one of them."""
+    mine = problem(folder, needed, *sharded.rank_and_world())
+    return next((x for x in sharded.gather_objects(mine) if x is not None), None)
+
+
+def opened(folder: Path, needed: Collection[str] = ()) -> tuple[dict[str, Stored], dict[str, Any]]:
+    """A checkpoint's tensors, to be read one by one, each process what it needs of them, and its
+    state. Every file is checked against the manifest before; all processes call this together.
 
     Raises:
-        CheckpointError: a file is missing or its bytes have changed; the newest earlier one that is whole is named.
+        CheckpointError: a file is missing or its bytes have changed; the newest earlier one that is
+            whole is named.
     """
-    if (found := problem(folder, needed)) is not None:
-        earlier = [p for p in listed(folder.parent) if images_of(p) < images_of(folder) and not problem(p, needed)]
-        way_out = f"delete the folder to go on from {earlier[-1]}" if earlier else "delete the folder to start anew"
-        raise CheckpointError(f"{found}; {way_out}")
-    tensors = {file.stem: _opened(file) for file in sorted(folder.glob("*.safetensors"))}
-    tensors |= {inner.name: sharded.load(inner) for inner in sorted(folder.iterdir()) if inner.is_dir()}
-    return tensors, json.loads((folder / "state.json").read_text(encoding="utf-8"))
-
-
-def _opened(file: Path) -> dict[str, Tensor]:
+    if (damage := _shared_problem(folder, needed)) is not None:
+        older = [p for p in reversed(listed(folder.parent)) if images_of(p) < images_of(folder)]
+        earlier = next((p for p in older if not _shared_problem(p, needed)), None)
+        way_out = f"go on from {earlier}" if earlier else "start anew"
+        raise CheckpointError(f"{damage}; delete the folder to {way_out}")
+    groups = {file.stem: [file] for file in sorted(folder.glob("*.safetensors"))}
+    for inner in sorted(folder.iterdir()):
+        if inner.is_dir():
+            groups[inner.name] = sorted(inner.glob("*.safetensors"))
     try:
-        return load_file(file)
-    except SafetensorError as error:
-        raise CheckpointError(f"{file}: no safetensors file ({error})") from error
+        tensors = {name: tensor_files.stored(files) for name, files in groups.items()}
+    except ValueError as error:
+        raise CheckpointError(str(error)) from error
+    return dict(tensors), json.loads((folder / "state.json").read_text(encoding="utf-8"))
+
+
+def load(folder: Path, needed: Collection[str] = ()) -> tuple[Files, dict[str, Any]]:
+    """All of a checkpoint, in memory; else as ``opened``."""
+    tensors, state = opened(folder, needed)
+    whole = {name: {k: tensor_files.read(x) for k, x in flat.items()} for name, flat in tensors.items()}
+    return whole, state
 
 
 def chosen(root: Path, resume: str | Path) -> Path | None:

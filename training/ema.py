@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +17,7 @@ from .optim import Parameters, named_parameters, placed
 from .posthoc import forget_after, sigma_rel_to_gamma, snapshot_name
 from .schema.optim import EMA as EMAConfig
 from .sharded import gathered, is_part, kept, like, local, own
+from .tensor_files import Stored
 
 
 @dataclass
@@ -126,7 +127,7 @@ class EMA:
         return flat
 
     @torch.no_grad()
-    def load(self, tensors: Mapping[str, Tensor]) -> None:
+    def load(self, tensors: Stored) -> None:
         """Raises ValueError where they are not those of these parameters and widths."""
         averages = self._averages()
         names = averages.keys() | ({"images"} if self.profiles else set())

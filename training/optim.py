@@ -11,11 +11,13 @@ from typing import Any, cast
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 
+from . import sharded
 from .fit import ConfigError
 from .optimizers import Groups, package, steppers
 from .schema.optim import AnyOptimizer
+from .tensor_files import Stored, StoredTensor, read
 
 Parameters = Iterable[nn.Parameter] | Iterable[tuple[str, nn.Parameter]]  # ``parameters()`` or ``named_parameters()``
 FIRST_SCALE, LARGEST_SCALE, GROWS_AFTER = 2.0**16, 2.0**96, 2000  # torch's GradScaler has the first and the last too
@@ -151,7 +153,7 @@ class Guarded:
         groups = [stepper.counts() for stepper in self.steppers]
         return {"steps": self.steps, "images": self.images, "counts": counts, "groups": groups}
 
-    def load(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
+    def load(self, tensors: Stored, state: Mapping[str, Any]) -> None:
         """Go on from what ``tensors`` and ``state`` of the same config gave.
 
         Raises:
@@ -192,13 +194,11 @@ def _float32(value: Any) -> Any:
 
 
 def placed(value: Any, like: Tensor) -> Any:
-    """A stored tensor where ``like`` is: on its device and, if it has its shape, sharded as it is."""
-    if not isinstance(value, Tensor) or isinstance(value, DTensor):
+    """A tensor, which may be a stored one, where ``like`` is: on its device and, if it has its shape, sharded as it
+    is."""
+    if not isinstance(value, Tensor | StoredTensor) or isinstance(value, DTensor):
         return value
-    value = value.to(like.device)
-    if isinstance(like, DTensor) and value.shape == like.shape:
-        return distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None)
-    return value
+    return sharded.like(value, like) if value.shape == like.shape else read(value).to(like.device)
 
 
 # --- parts -----------------------------------------------------------------------------------------------------------

@@ -8,11 +8,11 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -21,11 +21,13 @@ from accelerate.state import AcceleratorState
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedType, GradScalerKwargs, InitProcessGroupKwargs, convert_to_fp32
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
-from . import sharded, zero
+from . import deferred, sharded, zero
 from .fit import ConfigError
 from .schema import Train
 
+Net = TypeVar("Net", bound=nn.Module)
 LOST = 70  # exit code of a job that one of its processes left
 
 
@@ -87,11 +89,18 @@ def check_launcher() -> None:
         )
 
 
+def build_network(accelerator: Accelerator, make: Callable[[], Net]) -> Net:
+    """The network that ``make`` builds on the host; under FSDP2 on the meta device, until ``prepare`` shards it."""
+    return deferred.deferred(make) if accelerator.is_fsdp2 else make()
+
+
 def prepare(accelerator: Accelerator, module: nn.Module) -> nn.Module:
-    """The module on its device, wrapped for several processes; under FSDP2 shared out block by block; for ZeRO, which
+    """The module on its device, wrapped for several processes; under FSDP2 sharded block by block; for ZeRO, which
     takes it together with its optimizer, as it is.
 
-    accelerate shares a module out together with its optimizer only, and ours is made afterwards, on what is shared out.
+    Under FSDP2 the module may be on the host, or on the meta device (``build_network``): one block at a time is moved
+    to the device, whole. accelerate shards a module together with its optimizer only, and ours is made afterwards, on
+    what is sharded.
     """
     if zero.asked():
         return under_autocast(accelerator, module.to(accelerator.device))
@@ -99,7 +108,6 @@ def prepare(accelerator: Accelerator, module: nn.Module) -> nn.Module:
         return accelerator.prepare(module)
     plugin: Any = accelerator.state.fsdp_plugin
     mesh, dims = accelerator.torch_device_mesh, accelerator.parallelism_config
-    module.to(accelerator.device)
     share_out(
         module,
         mesh=None if mesh is None or dims is None else mesh[tuple(dims.fsdp_dim_names)],
@@ -124,18 +132,32 @@ def under_autocast(accelerator: Accelerator, module: nn.Module) -> nn.Module:
 
 
 def share_out(module: nn.Module, **how: Any) -> nn.Module:
-    """Each entry of the module's lists of layers, and the rest together, as units of FSDP2."""
+    """Each entry of the module's lists of layers, and the rest together, as units of FSDP2.
+
+    Weights on the meta device are made unit by unit, and those that train become float32: at no time does a process
+    hold more than one whole unit beside its shards.
+
+    Args:
+        how: ``fully_shard``'s arguments. A mesh of two dimensions replicates along the first and shards along the
+            second (hybrid sharding).
+    """
     from torch.distributed.fsdp import fully_shard
 
     sharded.remember(module)
     how = {k: v for k, v in how.items() if v is not None}
-    for part in list(module.modules()):
-        if isinstance(part, nn.ModuleList) and not any(
-            isinstance(x, nn.ModuleList) for x in part.modules() if x is not part
-        ):
-            for layer in part:
-                fully_shard(layer, **how)
-    fully_shard(module, **how)
+    layers = [
+        layer
+        for part in module.modules()
+        if isinstance(part, nn.ModuleList)
+        and not any(isinstance(x, nn.ModuleList) for x in part.modules() if x is not part)
+        for layer in part
+    ]
+    for unit in (*layers, module):
+        deferred.materialize(unit)
+        for p in unit.parameters():
+            if p.requires_grad and not isinstance(p, DTensor):
+                p.data = p.data.float()
+        fully_shard(unit, **how)
     return module
 
 

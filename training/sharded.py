@@ -1,13 +1,16 @@
-"""Weights that are shared out among processes: saved, and read by any number of processes.
+"""Weights that are sharded among processes: saved, and read by any number of processes.
 
-FSDP2's are DTensors. torch's distributed checkpoint writes them, each process its own, in safetensors; its usual format
-keeps a pickle, which is never read here. Of a parameter of ZeRO's stage 3 each process holds as many of its numbers
-(``ds_tensor``, the last one's padded); one tensor after the other is gathered, and the main process saves it.
+FSDP2's are DTensors. Each process writes its own shards, in the files of torch's distributed
+checkpoint for safetensors (its usual format keeps a pickle, which is never read here), and reads what
+it needs of all of them. Of a parameter of ZeRO's stage 3 each process holds as many of its numbers
+(``ds_tensor``, the last one's padded); one tensor after the other is gathered, and the main process
+saves it.
 """
 
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,17 +20,38 @@ from weakref import WeakKeyDictionary
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed import checkpoint as dcp
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
+
+from . import tensor_files
+from .tensor_files import StoredTensor
 
 _TWINS: WeakKeyDictionary[nn.Module, nn.Module] = WeakKeyDictionary()
 
 
 def is_main() -> bool:
     return not dist.is_available() or not dist.is_initialized() or dist.get_rank() == 0
+
+
+def rank_and_world() -> tuple[int, int]:
+    if not dist.is_available() or not dist.is_initialized():
+        return 0, 1
+    return dist.get_rank(), dist.get_world_size()
+
+
+def barrier() -> None:
+    if rank_and_world()[1] > 1:
+        dist.barrier()
+
+
+def gather_objects(mine: Any) -> list[Any]:
+    """Of every process, in their order; all call this."""
+    _, world = rank_and_world()
+    everyone: list[Any] = [mine] * world
+    if world > 1:
+        dist.all_gather_object(everyone, mine)
+    return everyone
 
 
 def bare(module: nn.Module) -> nn.Module:
@@ -83,38 +107,68 @@ def kept(p: Tensor, x: Tensor | None = None) -> Tensor:
     return whole.cpu() if is_main() else whole.new_empty(0)
 
 
-def save(folder: Path, flat: Mapping[str, Tensor]) -> None:
-    """Every process writes its own shards into ``folder``; all must call this."""
-    writer = dcp.HuggingFaceStorageWriter(path=str(folder), save_distributed=True)
-    dcp.save({k: v.detach() for k, v in flat.items()}, storage_writer=writer)
+def save(folder: Path, flat: Mapping[str, Tensor]) -> dict[str, str]:
+    """Every process writes its own shards into ``folder``, which is there; of those that several
+    processes hold alike, the first writes. The file is one of torch's distributed checkpoint.
+
+    Returns:
+        SHA-256 of the file that this process wrote, by its name.
+    Raises:
+        OSError: the disk is full.
+    """
+    shards: dict[str, Tensor] = {}
+    begins: dict[str, dict[str, list[int]]] = {}
+    for name, x in flat.items():
+        if not isinstance(x, DTensor):
+            begin, part, mine = [0] * x.ndim, x, is_main()
+        else:
+            (begin, _), part = local_box(x), x.to_local()
+            # ranks of one row of a replicated dimension hold the same
+            mine = bool(part.numel()) and not any(
+                x.device_mesh.get_local_rank(i) for i, placement in enumerate(x.placements) if placement.is_replicate()
+            )
+        if mine:
+            shards[name], begins[name] = part, {"saved_offsets": begin}
+    rank, _ = rank_and_world()
+    if not shards and rank:
+        return {}
+    file = f"shard-{rank + 1:05}-model-00001-of-00001.safetensors"
+    about = {tensor_files.OFFSETS: json.dumps(begins), "DCP_VERSION": "1.0", "format": "pt"}
+    return {file: tensor_files.write(folder / file, shards, about)}
 
 
-def load(folder: Path) -> dict[str, Tensor]:
-    """The whole tensors, in this process, whoever wrote them."""
-    reader = dcp.HuggingFaceStorageReader(path=str(folder))
-    told = reader.read_metadata().state_dict_metadata
-    flat: dict[str, Tensor] = {
-        k: torch.empty(m.size, dtype=m.properties.dtype)
-        for k, m in told.items()
-        if isinstance(m, TensorStorageMetadata)
-    }
-    dcp.load(flat, storage_reader=reader, no_dist=True)
-    return flat
+def local_box(x: DTensor) -> tuple[list[int], list[int]]:
+    """Where this process's part of a tensor begins, and its size."""
+    (chunk,) = x.__create_chunk_list__()
+    return list(chunk.offsets), list(chunk.sizes)
 
 
-def like(whole: Tensor, given: Tensor) -> Tensor:
-    """``whole`` shared out as ``given`` is; a plain tensor stays as it is. No process asks another."""
+def like(x: Tensor | StoredTensor, given: Tensor) -> Tensor:
+    """``x`` on the device of ``given`` and, if that is sharded, sharded as it is; a stored tensor is read only where
+    this process needs it. No process asks another."""
     if is_part(given):
         part = cast(Any, given).ds_tensor
-        padded = part.new_zeros(dist.get_world_size() * part.numel())
-        padded[: whole.numel()] = whole.flatten()
-        return padded.view(-1, part.numel())[dist.get_rank()]
+        n = part.numel()
+        first = dist.get_rank() * n
+        flat = x.read_flat(first, n) if isinstance(x, StoredTensor) else x.flatten()[first : first + n]
+        padded = part.new_zeros(n)
+        padded[: flat.numel()] = flat
+        return padded
     if not isinstance(given, DTensor):
-        return whole
-    return distribute_tensor(whole.to(given.device), given.device_mesh, given.placements, src_data_rank=None)
+        return tensor_files.read(x).to(given.device)
+    begin, size = local_box(given)
+    if isinstance(x, StoredTensor):
+        own_part = x.read(begin, size)
+    else:
+        box = tuple(slice(b, b + n) for b, n in zip(begin, size, strict=True))
+        own_part = x[box].clone(memory_format=torch.contiguous_format)
+    return DTensor.from_local(
+        own_part.to(given.device), given.device_mesh, given.placements,
+        run_check=False, shape=given.shape, stride=given.stride(),
+    )  # fmt: skip
 
 
-def copy_into(target: Tensor, whole: Tensor) -> None:
+def copy_into(target: Tensor, whole: Tensor | StoredTensor) -> None:
     """A whole tensor into one that may be shared out."""
     with torch.no_grad():
         own(target).copy_(like(whole, target))

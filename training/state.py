@@ -19,6 +19,7 @@ from . import checkpoint, sharded
 from .checkpoint import CheckpointError, Files
 from .optim import named_parameters
 from .sharded import bare, kept
+from .tensor_files import Stored, read
 
 if TYPE_CHECKING:
     from .loop import Player
@@ -103,7 +104,7 @@ def restored(
         random.seed(_mixed(seed, 0, rank))
         np.random.seed(_mixed(seed, 0, rank) % 2**32)
         return Progress(inputs)
-    files, state = checkpoint.load(folder, needed(players))
+    files, state = checkpoint.opened(folder, needed(players))
     if state.get("format") != FORMAT:
         raise CheckpointError(
             f"{folder}: was written by another version of this package (format {state.get('format', 1)}, here "
@@ -163,7 +164,7 @@ def _feed(folder: Path, state: Mapping[str, Any], rank: int, world: int) -> Any:
     return feeds[rank]
 
 
-def _fill(player: Player, folder: Path, files: Files, state: dict[str, Any]) -> None:
+def _fill(player: Player, folder: Path, files: Mapping[str, Stored], state: dict[str, Any]) -> None:
     own = named_parameters(bare(player.module).named_parameters())
     there = {(name, x.shape) for name, x in files[player.name].items()}
     differing = sorted(there ^ {(name, sharded.shape(p)) for name, p in own.items()})
@@ -219,6 +220,6 @@ def _mixed(seed: int, images: int, rank: int) -> int:
     return (seed * 1_000_003 + images * 4099 + rank) % 2**63
 
 
-def _of_rank(flat: Mapping[str, Tensor], rank: int) -> dict[str, Tensor]:
+def _of_rank(flat: Stored, rank: int) -> dict[str, Tensor]:
     prefix = f"{rank}."
-    return {k.removeprefix(prefix): v for k, v in flat.items() if k.startswith(prefix)}
+    return {k.removeprefix(prefix): read(v) for k, v in flat.items() if k.startswith(prefix)}

@@ -20,6 +20,7 @@ from . import sharded
 from .fit import ConfigError
 from .optim import Guarded
 from .schema.optim import AdamW, AnyOptimizer
+from .tensor_files import Stored, read
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # what AdamW keeps of each number, beside a count of steps
 BUCKET = 50_000_000  # numbers reduced at once: DeepSpeed's own half a billion are 2 GB in float32
@@ -196,7 +197,7 @@ class Zero(Guarded):
             flat[f"{i}.step"] = states[0]["step"].clone()
         return flat
 
-    def load(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
+    def load(self, tensors: Stored, state: Mapping[str, Any]) -> None:
         """As without ZeRO; the weights are in the module already.
 
         Raises:
@@ -215,7 +216,7 @@ class Zero(Guarded):
         self.steps, self.images = state["steps"], state["images"]
         self._set_rates()
 
-    def _put(self, tensors: Mapping[str, Tensor], steps: Tensor | None) -> None:
+    def _put(self, tensors: Stored, steps: Tensor | None) -> None:
         """AdamW's state, in the pieces; what has none begins with zeros."""
         from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
 
@@ -233,7 +234,7 @@ class Zero(Guarded):
                 if sharded.is_part(p):
                     safe_set_local_optimizer_state(p, sharded.like(whole, p), name)
                 else:
-                    safe_set_full_optimizer_state(p, whole.to(p.device), name)
+                    safe_set_full_optimizer_state(p, read(whole).to(p.device), name)
 
 
 def _steps(counts: Iterable[Tensor]) -> Tensor | None:

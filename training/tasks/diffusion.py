@@ -40,6 +40,7 @@ from ..loop import Batch
 from ..noise import noises
 from ..objective import path_of, prediction_of, times, weights
 from ..preflight import Sizes
+from ..processes import build_network
 from ..schema import AdaptConfig, DiffusionConfig, DiTModel, Times, UNetModel
 from ..sources import Split
 from .common import check_attention, player, tuned
@@ -72,7 +73,8 @@ class DiffusionTask:
         self.text: TextEncoder | None = None  # where it trains
         self.conditioner: Conditioner | None = None
         if isinstance(config, AdaptConfig):
-            self.net = opened(config, self.base, self.device, accelerator.mixed_precision)
+            how_opened = self.device, accelerator.mixed_precision, accelerator.is_fsdp2
+            self.net = opened(config, self.base, *how_opened)
             if config.conditioning:
                 of = self.net, config.seed, self.about.factor, self.scale, config.caption_dropout
                 self.conditioner = Conditioner(config.conditioning, *of)
@@ -84,7 +86,7 @@ class DiffusionTask:
                 self.text = reading(config, self.encoders.keep_text())
         else:
             how, path, prediction = config.timesteps, path_of(config.path), prediction_of(config)
-            self.net = network(config, sizes_of(self.about))
+            self.net = build_network(accelerator, lambda: network(config, sizes_of(self.about)))
             self.schedule = default_schedule(path, prediction, FAMILY[config.model.name], how.shift)
         check_attention(self.net, config.train, accelerator)
         path, prediction = self.schedule.path, self.schedule.prediction
