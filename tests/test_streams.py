@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import pickle
-import tempfile
 from collections import Counter
 from itertools import islice
 from pathlib import Path
 
-import huggingface_hub
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -18,12 +16,14 @@ from fsspec.implementations.dirfs import DirFileSystem
 from torch.utils.data import DataLoader
 
 from tests.datasets_made import encoded, flat, parquet, tar
+from training import remote, shards
 from training.data import DataError, open_rows
 from training.pictures import decode
 from training.schema import Data
 from training.schema.data import Source
-from training.shards import subset
-from training.streams import RowStream
+from training.shards import ParquetTable, Shard, subset
+from training.streams import RowStream, _Lane, _Place
+from training.tars import TarTable
 
 SIZES = [(16, 16), (16, 16), (24, 16), (16, 24), (16, 16), (22, 16)]  # width, height
 COUNTS = [7, 11, 3, 8]
@@ -54,9 +54,26 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def stream(path: Path, *, seed: int = 3, batch: int = 4, rank: int = 0, world: int = 1, **keys) -> RowStream:
+def stream(
+    path: Path, *, seed: int = 3, batch: int = 4, rank: int = 0, world: int = 1, lanes: int | None = None, **keys
+) -> RowStream:
     data = Data(path=str(path), streaming=True, **{"resolution": 16, "bucket_step": 4, **keys})
-    return RowStream(data, seed=seed, batch=batch, rank=rank, world=world)
+    return RowStream(data, seed=seed, batch=batch, rank=rank, world=world, lanes=lanes)
+
+
+def hub_in(folder: Path, monkeypatch: pytest.MonkeyPatch, **methods) -> None:
+    """A folder in place of the hub's file system; its files are copied below ``folder/cache``."""
+
+    def filesystem(url: str, options: dict) -> tuple[DirFileSystem, str]:
+        system = DirFileSystem(str(folder))
+        for name, method in methods.items():
+            setattr(system, name, method)
+        return system, url.removeprefix("hf://")
+
+    for module in (remote, shards):
+        monkeypatch.setattr(module, "filesystem", filesystem)
+    monkeypatch.setattr(remote, "FIRST_WAIT", 0.001)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(folder / "cache"))
 
 
 def numbers(batch: dict) -> list[int]:
@@ -123,15 +140,57 @@ def test_it_goes_on_exactly_from_any_batch(place: Path, kind: str, buckets: bool
 @pytest.mark.parametrize("buckets", [False, True])
 @pytest.mark.parametrize("world", [2, 3])
 def test_processes_share_the_batches_out(place: Path, buckets: bool, world: int):
-    whole = list(islice(stream(place / "tar", buckets=buckets), 12))
+    """One reader of as many lanes gives the same batches, and any number goes on from where all stand."""
+    whole = list(islice(stream(place / "tar", buckets=buckets, lanes=world), 24))
     parts = [stream(place / "tar", buckets=buckets, rank=rank, world=world) for rank in range(world)]
     own = [list(islice(part, 12 // world)) for part in parts]
-    assert same([batch for turn in zip(*own, strict=True) for batch in turn], whole)
-    states = [part.state_dict() for part in parts]
-    assert all(state == states[0] for state in states)
-    alone = stream(place / "tar", buckets=buckets)  # and another number of processes goes on from there
-    alone.load_state_dict(states[0])
-    assert same(list(islice(alone, 6)), list(islice(stream(place / "tar", buckets=buckets), 18))[12:])
+    assert same([batch for turn in zip(*own, strict=True) for batch in turn], whole[:12])
+    states = json.loads(json.dumps([part.state_dict() for part in parts]))
+    for readers in (1, 2, 3, 4):
+        rest = [stream(place / "tar", buckets=buckets, rank=rank, world=readers) for rank in range(readers)]
+        for part in rest:
+            part.load_state_dict(states)
+        own = [list(islice(part, 12 // readers)) for part in rest]
+        assert same([batch for turn in zip(*own, strict=True) for batch in turn], whole[12:])
+    alone = stream(place / "tar", buckets=buckets, rank=1, world=world)
+    alone.load_state_dict(states[1])
+    assert same(list(islice(alone, 3)), whole[12 + 1 :: world][:3])
+
+
+@pytest.mark.parametrize("kind", ["parquet", "tar"])
+def test_each_reader_reads_the_pictures_of_its_own_files_alone(
+    place: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+):
+    """In an epoch four readers read each picture's bytes once in all, and each opens its own file alone."""
+    bytes_read, opened = Counter(), Counter()
+    for table in (TarTable, ParquetTable):
+
+        def picture(self, row: int, own=table.picture) -> bytes:
+            content = own(self, row)
+            bytes_read[reader] += len(content)
+            return content
+
+        monkeypatch.setattr(table, "picture", picture)
+    own_open = Shard.open
+    monkeypatch.setattr(Shard, "open", lambda self, data: opened.update([reader]) or own_open(self, data))
+    total = sum(len(x) for _, x in numbered(sum(COUNTS), 0))
+    for reader in range(4):
+        lane = _Lane(stream(place / kind), reader, 4, _Place())
+        while lane.place.epoch == 0:
+            next(lane.rows)
+    assert dict(opened) == dict.fromkeys(range(4), 2)  # the second file is the next epoch's
+    assert total <= sum(bytes_read.values()) <= total + 4 * 2 * max(len(x) for _, x in numbered(6, 0))
+
+
+@pytest.mark.parametrize("buckets", [False, True])
+def test_fewer_files_than_readers_are_cut_into_runs_of_rows(place: Path, buckets: bool):
+    whole = stream(place / "parquet", buckets=buckets, lanes=9)
+    batches = list(islice(whole, 9 * 6))
+    counts = Counter(n for batch in batches for n in numbers(batch))
+    assert set(counts) == set(range(sum(COUNTS)))
+    parts = [stream(place / "parquet", buckets=buckets, rank=rank, world=9) for rank in range(9)]
+    own = [list(islice(part, 6)) for part in parts]
+    assert same([batch for turn in zip(*own, strict=True) for batch in turn], batches)
 
 
 def test_the_launcher_says_which_process_it_is(place: Path, monkeypatch: pytest.MonkeyPatch):
@@ -140,7 +199,7 @@ def test_the_launcher_says_which_process_it_is(place: Path, monkeypatch: pytest.
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
     second = list(islice(RowStream(data, seed=3, batch=4), 4))
-    assert same(second, list(islice(stream(place / "tar"), 8))[1::2])
+    assert same(second, list(islice(stream(place / "tar", lanes=2), 8))[1::2])
 
 
 def test_a_stream_is_shared_by_tasks(place: Path):
@@ -149,11 +208,11 @@ def test_a_stream_is_shared_by_tasks(place: Path):
     first = next(iter(own))
     assert (own.rank, own.world, own.factor) == (1, 2, 4) and (whole.rank, whole.world) == (0, 1)
     assert "size_ids" in first and first["index"].tolist() == [4, 5, 6, 7]
-    assert whole.state_dict()["images"] == 0 and own.fingerprint == whole.fingerprint
+    assert whole.state_dict()["batches"] == 0 and own.fingerprint == whole.fingerprint
 
 
 def test_a_loaders_workers_share_the_batches_out(place: Path):
-    whole = list(islice(stream(place / "tar"), 8))
+    whole = list(islice(stream(place / "tar", lanes=2), 8))
     loader = DataLoader(stream(place / "tar"), batch_size=None, num_workers=2)
     assert same(list(islice(loader, 8)), whole)
 
@@ -231,7 +290,8 @@ def test_broken_rows_are_named_and_replaced(tmp_path: Path, buckets: bool, caplo
     assert all(batch["captions"] == [f"number {n}" for n in numbers(batch)] for batch in batches)
     assert len(made.skipped) == 3 and "row 13" in caplog.text and "its caption (column 'text') is empty" in caplog.text
     ranks = [list(islice(stream(tmp_path, buckets=buckets, max_skipped=0.1, rank=r, world=2), 15)) for r in (0, 1)]
-    assert same([batch for turn in zip(*ranks, strict=True) for batch in turn], batches)
+    alone = list(islice(stream(tmp_path, buckets=buckets, max_skipped=0.1, lanes=2), 30))
+    assert same([batch for turn in zip(*ranks, strict=True) for batch in turn], alone)
 
 
 def test_too_many_broken_rows_end_it(tmp_path: Path):
@@ -274,21 +334,17 @@ def test_a_folder_of_pictures_is_no_stream(tmp_path: Path):
 
 @pytest.mark.parametrize("kind", ["parquet", "tar"])
 def test_the_hubs_files(place: Path, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Its file system is stood in for by a folder. Of a tar a copy lies on the disk for as long as it is read."""
-    root, temporary = tmp_path / "hub" / "datasets" / "some" / "thing" / "data", tmp_path / "temporary"
+    """Its file system is stood in for by a folder. Copies of its files are read."""
+    root = tmp_path / "hub" / "datasets" / "some" / "thing" / "data"
     root.mkdir(parents=True)
-    temporary.mkdir()
     for file in (place / kind).glob(f"*.{kind}"):
         (root / file.name).write_bytes(file.read_bytes())
-    monkeypatch.setattr(huggingface_hub, "HfFileSystem", lambda: DirFileSystem(str(tmp_path / "hub")))
-    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+    hub_in(tmp_path / "hub", monkeypatch)
     data = Data(path="hub:some/thing", streaming=True, resolution=16, bucket_step=4)
     for buckets in (True, False):
         both = (stream(place / kind, buckets=buckets), RowStream(data, seed=3, batch=4, buckets=buckets))
         found = [list(islice(x, 24)) for x in both]
         assert same(*found)
-        gc.collect()
-        assert list(temporary.iterdir()) == []
     own = RowStream(data, seed=3, batch=4)
     list(islice(own, 5))
     rest = RowStream(data, seed=3, batch=4)
@@ -306,17 +362,15 @@ def test_a_damaged_tar_of_the_hub_is_named(tmp_path: Path, monkeypatch: pytest.M
     root.mkdir(parents=True)
     for name in ("train-0.tar", "test-0.tar"):
         (root / name).write_bytes(b"no tar at all" * 100)
-    monkeypatch.setattr(huggingface_hub, "HfFileSystem", lambda: DirFileSystem(str(tmp_path)))
+    hub_in(tmp_path, monkeypatch)
     data = Data(path="hub:some/thing", streaming=True, resolution=16, bucket_step=4)
     with pytest.raises(DataError, match=r"^hf://datasets/some/thing/train-0\.tar: is no tar file"):
         next(iter(RowStream(data, seed=3, batch=4)))
     (root / "train-0.tar").unlink()
     (root / "test-0.tar").rename(root / "train-0.tar")
-    whole = DirFileSystem(str(tmp_path))
-    monkeypatch.setattr(whole, "get_file", lambda *_: (_ for _ in ()).throw(OSError("timed out")))
-    monkeypatch.setattr(huggingface_hub, "HfFileSystem", lambda: whole)
+    hub_in(tmp_path, monkeypatch, cat_ranges=lambda paths, *_, **__: [OSError("timed out") for _ in paths])
     (root / "test-0.tar").write_bytes(b"")
-    with pytest.raises(DataError, match="could not be had from the hub: timed out"):
+    with pytest.raises(DataError, match=r"hf://datasets/some/thing/train-0\.tar: failed 6 times, .*timed out"):
         next(iter(RowStream(data, seed=3, batch=4)))
 
 
@@ -328,7 +382,7 @@ def test_a_part_that_the_hub_converted_is_told_of(
         (root / f"partial-{split}").mkdir(parents=True)
         file = place / "parquet" / f"{split}-0.parquet"
         (root / f"partial-{split}" / "0000.parquet").write_bytes(file.read_bytes())
-    monkeypatch.setattr(huggingface_hub, "HfFileSystem", lambda: DirFileSystem(str(tmp_path)))
+    hub_in(tmp_path, monkeypatch)
     data = Data(path="hub:some/thing", streaming=True, resolution=16, bucket_step=4)
     next(iter(RowStream(data, seed=3, batch=4)))
     assert "hub:some/thing: the hub has converted its first part alone to parquet" in caplog.text

@@ -39,7 +39,8 @@ def inspect_data(
     from .inspect_page import write_data_page
 
     for place in (config if isinstance(config, Data) else config.data).places:
-        if not place.path.startswith("hub:") and "*" not in place.path and not Path(place.path).expanduser().exists():
+        elsewhere = place.path.startswith("hub:") or "://" in place.path or "*" in place.path
+        if not elsewhere and not Path(place.path).expanduser().exists():
             raise ConfigError(f"{place.path}: no such folder or file (a data set of the hub is written hub:owner/name)")
     print(write_data_page(config, out, step=step))
 

@@ -57,7 +57,10 @@ class Feed:
             return
         places: list[Any] = [None] * max(1, self.workers)
         self.told = {"workers": self.workers, "turn": 0, "states": places}
-        if saved and saved["workers"] is None:  # all stood at one place
+        together = saved.pop("together", None) if saved else None
+        if saved and saved["workers"] != self.workers and together is not None:
+            saved = together  # another number of readers goes on
+        if saved and saved["workers"] is None:  # all stood at one place, or are merged
             self.told["states"] = saved["states"] * len(places)
         elif saved and saved["workers"] != self.workers:
             raise CheckpointError(

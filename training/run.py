@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 DONE = "done.json"
 BESIDE = ("cache", "base", "base.json", "class_pictures")  # what may be there before a run is
 # Keys that change no number of what a run makes: it may go on with others.
-FREE = {"cache.dir", "cache.prune"} | {
+FREE = {"cache.dir", "cache.prune", "data.storage_options", "data.shard_cache", "data.shard_cache_gb"} | {
     "train." + key
     for key in (
         "num_workers", "processes", "timeout_minutes", "sample_every", "checkpoint_every", "keep_last", "keep_every",

@@ -5,8 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from tempfile import TemporaryDirectory
+from pathlib import Path, PurePosixPath
 from threading import Lock
 from typing import Any
 
@@ -15,9 +14,10 @@ import numpy as np
 from .index import digest_of
 from .pictures import one_line
 from .remembered import state_of
+from .remote import filesystem, is_remote, list_files
 from .schema import Data
 from .schema.data import Source
-from .sources import HUB, SPLITS, check_columns, columns_of, files_of, pick
+from .sources import HUB, SPLITS, cache_of, check_columns, columns_of, files_of, pick, split_of
 from .tables import DataError, Table, bytes_of
 from .tars import TarTable
 
@@ -31,15 +31,25 @@ class Shard:
     """One file of a source."""
 
     place: Source
-    file: str  # a path, or hf://datasets/owner/name/…
+    file: str  # a path or a URL
 
     def open(self, data: Data) -> Table:
         """Its rows. Raises DataError naming the file."""
-        if self.file.endswith(".tar"):
-            own: dict[str, Any] = {k: getattr(self.place, k) for k in ("image_column", "caption_column", "mask_column")}
-            own["caption_extension"] = data.caption_extension
-            return HubTar(self.file, own) if self.file.startswith(HF) else TarTable(self.file, [Path(self.file)], **own)
-        return ParquetTable(self.place, self.file)
+        if not self.file.endswith(".tar"):
+            return ParquetTable(self.place, self.file, data)
+        if is_remote(self.file):
+            return RemoteTar(self.place, self.file, data)
+        return TarTable(self.file, [Path(self.file)], **_members_of(self.place, data))
+
+    def prefetch(self, data: Data) -> None:
+        """Begin to copy a remote file that will soon be opened."""
+        if is_remote(self.file):
+            cache_of(data).prefetch(self.file, data.storage_options)
+
+
+def _members_of(place: Source, data: Data) -> dict[str, Any]:
+    own = {key: getattr(place, key) for key in ("image_column", "caption_column", "mask_column")}
+    return {**own, "caption_extension": data.caption_extension}
 
 
 def shards(data: Data, split: str) -> list[Shard]:
@@ -50,7 +60,12 @@ def shards(data: Data, split: str) -> list[Shard]:
     """
     found = []
     for place in data.places:
-        parts = _hub_files(place.path) if place.path.startswith(HUB) else _local_files(place.path)
+        if place.path.startswith(HUB):
+            parts = _hub_files(place.path)
+        elif is_remote(place.path):
+            parts = _remote_files(place.path, data)
+        else:
+            parts = _local_files(place.path)
         part, alone = pick(parts, split, place.path)  # type: ignore[arg-type]
         files = sorted(parts[part])
         if alone:
@@ -69,14 +84,28 @@ def _local_files(source: str) -> dict[str, list[str]]:
     return {name: [str(file) for file in files] for name, files in parts.items()}
 
 
+def _remote_files(source: str, data: Data) -> dict[str, list[str]]:
+    root, listed = list_files(source, data.storage_options)
+    files = {ending: [x for x in listed if x.endswith(ending)] for ending in (".parquet", ".tar")}
+    if not any(files.values()):
+        raise DataError(f"{source}: data.streaming reads parquet and tar files; none of its {len(listed)} files is one")
+    if all(files.values()):
+        raise DataError(f"{source}: holds parquet files and tars; name one of the two, or both in data.sources")
+    parts: dict[str, list[str]] = {}
+    for file in files[".parquet"] or files[".tar"]:
+        bare, base = (PurePosixPath(x.partition("://")[2] or x) for x in (file, root))
+        parts.setdefault(split_of(bare, base) or "", []).append(file)
+    if len(parts) > 1 and "" in parts:
+        raise DataError(f"{parts[''][0]}: belongs to no split, but other files here do ({', '.join(parts)})")
+    return {name or "train": part for name, part in parts.items()}
+
+
 def _hub_files(source: str) -> dict[str, list[str]]:
     """The data set's own parquet or tar files, or the parquet files that the hub has made of it."""
-    from huggingface_hub import HfFileSystem
-
     name = source.removeprefix(HUB)
     converted, files = f"datasets/{name}@refs/convert/parquet", []
     try:
-        system: Any = HfFileSystem()
+        system, _ = filesystem(HF, {})
         for root, ending in ((f"datasets/{name}", "parquet"), (f"datasets/{name}", "tar"), (converted, "parquet")):
             if files := sorted(str(x) for x in system.glob(f"{root}/**/*.{ending}")):
                 break
@@ -108,13 +137,14 @@ def _parted(files: list[str], share: float, split: str, source: str) -> list[str
 class ParquetTable(Table):
     """A parquet file by row, one row group in memory at a time."""
 
-    def __init__(self, place: Source, file: str):
+    def __init__(self, place: Source, file: str, data: Data):
         import pyarrow.parquet as pq
 
         super().__init__(place.path, (), about_captions=f"column {place.caption_column!r}")
-        self.file, self.place = file, place
+        self.file, self.place, self._data = file, place, data
+        self._lease = cache_of(data).fetch(file, data.storage_options) if is_remote(file) else None
         try:
-            self._parquet = pq.ParquetFile(_opened(file))
+            self._parquet = pq.ParquetFile(file if self._lease is None else self._lease.path)
             about = self._parquet.metadata
         except Exception as error:
             raise DataError(f"{file}: is no parquet file that can be read ({one_line(error)})") from error
@@ -129,10 +159,10 @@ class ParquetTable(Table):
         return int(self._starts[-1])
 
     def __reduce__(self) -> Any:
-        return ParquetTable, (self.place, self.file)  # a process opens the file for itself
+        return ParquetTable, (self.place, self.file, self._data)  # a process opens the file for itself
 
     def state(self) -> str:
-        return state_of([self.file])
+        return state_of([self.file]) if self._lease is None else self._lease.version
 
     def name(self, row: int) -> str:
         return f"{self.file}, row {row}"
@@ -167,41 +197,19 @@ class ParquetTable(Table):
             raise ValueError(f"its caption is not UTF-8 ({error.reason} at byte {error.start})") from error
 
 
-class HubTar(TarTable):
-    """A tar of the hub, copied into the temporary folder for as long as it is read: its members lie where only its
-    headers say, and a pass over the network for them and another one for the pictures would be two."""
+class RemoteTar(TarTable):
+    """A tar of which a local copy is read: its members lie where only its headers say."""
 
-    def __init__(self, file: str, how: dict[str, Any]):
-        from huggingface_hub import HfFileSystem
-
-        self.remote, self.how = file, how
-        self._folder = TemporaryDirectory(prefix="ldm-tar-")
-        copy = Path(self._folder.name) / Path(file).name
-        try:
-            HfFileSystem().get_file(file.removeprefix(HF), str(copy))
-        except Exception as error:
-            raise DataError(f"{file}: could not be had from the hub: {one_line(error)}") from error
-        try:
-            super().__init__(file, [copy], **how)
-        except DataError as error:
-            raise DataError(str(error).replace(str(copy), file)) from error
+    def __init__(self, place: Source, file: str, data: Data):
+        self._lease = cache_of(data).fetch(file, data.storage_options)
+        self._again = place, file, data
+        super().__init__(file, [self._lease.path], **_members_of(place, data), names=[file])
 
     def __reduce__(self) -> Any:
-        return HubTar, (self.remote, self.how)  # a process has a copy of its own
+        return RemoteTar, self._again  # a process has a lease of its own
 
     def state(self) -> str:
-        return self.remote
-
-    def name(self, row: int) -> str:
-        return f"{self.remote}: {self._stem(row)}"
-
-
-def _opened(file: str) -> Any:
-    if not file.startswith(HF):
-        return file
-    from huggingface_hub import HfFileSystem
-
-    return HfFileSystem().open(file.removeprefix(HF), "rb")
+        return self._lease.version
 
 
 def subset(rows: int, share: float, epoch: int = 0) -> np.ndarray:

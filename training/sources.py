@@ -7,7 +7,7 @@ import logging
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, Literal
 
 import numpy as np
@@ -15,6 +15,7 @@ from PIL import Image
 
 from .pictures import one_line
 from .remembered import state_of
+from .remote import ShardCache, copy_of, is_remote
 from .schema import Data
 from .schema.data import Source
 from .tables import Beside, Column, Computed, DataError, Table, columns
@@ -46,6 +47,10 @@ def open_split(place: Source, data: Data, split: Split, in_memory: int) -> tuple
         part, alone = pick(parts, split, place.path)
         table = _arrow_table(place, parts[part].data.table, parts[part]._fingerprint)
         return table, _all(table, place, part), alone
+    if is_remote(place.path):
+        cache = cache_of(data)
+        copy = copy_of(place.path, data.storage_options, cache.folder, cache.max_bytes)
+        place = place.model_copy(update={"path": str(copy)})
     kind, files = files_of(place.path, data.beside)
     if kind == "imagefolder":
         return _imagefolder(place, data, split)
@@ -87,7 +92,7 @@ def files_of(source: str, beside: tuple[str, ...] = ()) -> tuple[Literal["imagef
     if files:
         parts: Parts = {}
         for file in files:
-            parts.setdefault(_split_of(file, root) or "", []).append(file)
+            parts.setdefault(split_of(file, root) or "", []).append(file)
         if len(parts) > 1 and "" in parts:
             raise DataError(f"{parts[''][0]}: belongs to no split, but other files here do ({', '.join(parts)})")
         return "parquet" if parquet else "tar", {name or "train": part for name, part in parts.items()}
@@ -109,6 +114,14 @@ def pick(parts: Mapping[str, Any], split: Split, source: str) -> tuple[str, bool
         if name in parts:
             return name, False
     raise DataError(f"{source}: no split for {split!r} among {', '.join(parts)}")
+
+
+def cache_of(data: Data) -> ShardCache:
+    """Where the section's remote files are copied to."""
+    from datasets import config
+
+    folder = data.shard_cache or Path(config.HF_DATASETS_CACHE) / "latent_t2i_shards"
+    return ShardCache(Path(folder).expanduser(), int(data.shard_cache_gb * 1e9))
 
 
 # ---- imagefolder
@@ -325,7 +338,7 @@ def _hidden(file: Path, root: Path) -> bool:
     return file != root and any(part.startswith((".", "__")) for part in file.relative_to(root).parts)
 
 
-def _split_of(file: Path, root: Path) -> str | None:
+def split_of(file: PurePath, root: PurePath) -> str | None:
     """By a folder below root, or by the file's name: train/0.parquet, train-00000-of-00001.parquet, test.parquet."""
     parts = file.relative_to(root).parts[:-1] if file != root else ()
     for word in (*parts, re.split(r"[-._ ]", file.stem)[0]):

@@ -156,12 +156,18 @@ def _feed(folder: Path, state: Mapping[str, Any], rank: int, world: int) -> Any:
     places = [place for feed in feeds for place in feed["states"]]
     if all(feed["turn"] == 0 for feed in feeds) and all(place == places[0] for place in places):
         return {"workers": None, "turn": 0, "states": places[:1]}
+    readers = [x for place in places if place for x in (place if isinstance(place, list) else [place])]
+    together = {"workers": None, "turn": 0, "states": [readers]}  # RowStream merges the readers' lanes
+    if not all("places" in x for x in readers):
+        together = None
+    if state["world"] != world and together is not None:
+        return together
     if state["world"] != world:
         raise CheckpointError(
             f"{folder}: its stream was read by {state['world']} processes with workers at different places, and goes "
             f"on with as many only; {world} run"
         )
-    return feeds[rank]
+    return feeds[rank] if together is None else {**feeds[rank], "together": together}
 
 
 def _fill(player: Player, folder: Path, files: Mapping[str, Stored], state: dict[str, Any]) -> None:

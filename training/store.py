@@ -188,10 +188,8 @@ class Reader:
     def __init__(self, shards: Sequence[Path], keys: np.ndarray):
         found = [_keys(x) for x in shards]
         together = np.concatenate([np.empty(0, KEY), *found])
-        order = np.argsort(together, kind="stable")
-        place = np.searchsorted(together, keys, sorter=order)
-        slots = order[np.minimum(place, len(order) - 1)] if len(order) else np.zeros(len(keys), np.int64)
-        wrong = len(keys) if not len(order) else int((together[slots] != keys).sum())
+        slots = _first_places(together, keys)
+        wrong = len(keys) if not len(together) else int((together[slots] != keys).sum())
         if wrong:
             raise KeyError(f"{wrong} of {len(keys)} rows are not in {shards[0].parent if shards else 'the store'}")
         ends = np.cumsum([len(k) for k in found])
@@ -289,6 +287,20 @@ def as_stored(x: Tensor, precision: str) -> np.ndarray:
 def _tensor(array: np.ndarray) -> Tensor:
     tensor = torch.from_numpy(array)
     return tensor.view(torch.bfloat16) if tensor.dtype == torch.uint16 else tensor
+
+
+def _first_places(together: np.ndarray, keys: np.ndarray) -> np.ndarray:
+    """(N,) where each of ``keys`` (N,) first stands in ``together`` (M,); any place for one that does not.
+
+    Both sides are sorted first. The binary searches of neighboring keys then read the same cache
+    lines; for millions of keys in random order, cache misses cost ten times the sorting.
+    """
+    if not len(together):
+        return np.zeros(len(keys), np.int64)
+    order, ascending = np.argsort(together, kind="stable"), np.argsort(keys, kind="stable")
+    place = np.empty(len(keys), np.int64)
+    place[ascending] = np.searchsorted(together[order], keys[ascending])
+    return order[np.minimum(place, len(order) - 1)]
 
 
 def _keys(shard: Path) -> np.ndarray:

@@ -33,6 +33,7 @@ class TarTable(Table):
         caption_column: the ending of the captions, or the key in the row's .json.
         caption_extension: the ending of the captions where ``caption_column`` is none.
         mask_column: the ending of the masks, as in "mask.png".
+        names: what messages call the files; None: their paths.
     Raises:
         DataError: no tar that can be read, a member that leads outside, no row with a picture.
     """
@@ -46,17 +47,19 @@ class TarTable(Table):
         caption_column: str | None = "text",
         caption_extension: str = ".txt",
         mask_column: str | None = None,
+        names: Sequence[str] | None = None,
     ):
         captions = () if caption_column else None  # read from the tars, not from here
         masks = () if mask_column else None
         super().__init__(source, (), captions, masks, about_captions=f"{caption_extension} or .json {caption_column!r}")
         self.files, self.caption_column = list(files), caption_column
+        self.names = list(names) if names is not None else [str(file) for file in files]
         known = set(Image.registered_extensions())
         pictures = {f".{image_column}"} if f".{image_column}" in known else known
         texts = {caption_extension, f".{caption_column}"} if caption_column else set()
         rows = _Index()
         for number, file in enumerate(self.files):
-            for stem, members in _grouped(file):
+            for stem, members in _grouped(file, self.names[number]):
                 found: list[tuple[int, int]] = [(-1, 0)] * 4
                 for ending, where in members.items():
                     if mask_column and ending == f".{mask_column.lstrip('.')}":
@@ -87,7 +90,7 @@ class TarTable(Table):
         return state_of(self.files)
 
     def name(self, row: int) -> str:
-        return f"{self.files[self.file[row]]}: {self._stem(row)}"
+        return f"{self.names[self.file[row]]}: {self._stem(row)}"
 
     def key(self, row: int) -> bytes | None:
         """Its name in the tar; that of the tar too, for names may come again in each."""
@@ -153,10 +156,10 @@ class _Index:
         return np.frombuffer(self.file, self.file.typecode).astype(np.uint32), members, names
 
 
-def _grouped(file: Path) -> Iterator[tuple[str, dict[str, tuple[int, int]]]]:
+def _grouped(file: Path, shown: str) -> Iterator[tuple[str, dict[str, tuple[int, int]]]]:
     """Rows in their order: the name up to the first dot, and by ending the offset and size of each member."""
     stem, members = None, {}
-    for name, offset, size in _members(file):
+    for name, offset, size in _members(file, shown):
         path = PurePosixPath(name)
         first, dot, ending = path.name.partition(".")
         own = str(path.with_name(first)) if first else name
@@ -169,7 +172,7 @@ def _grouped(file: Path) -> Iterator[tuple[str, dict[str, tuple[int, int]]]]:
         yield stem, members
 
 
-def _members(file: Path) -> Iterator[tuple[str, int, int]]:
+def _members(file: Path, shown: str) -> Iterator[tuple[str, int, int]]:
     """Name, offset and size of each plain file; headers alone are read."""
     try:
         with tarfile.open(file, "r:") as tar:
@@ -177,20 +180,20 @@ def _members(file: Path) -> Iterator[tuple[str, int, int]]:
                 tar.members = []  # type: ignore[attr-defined]  # it would keep all of them
                 path = PureWindowsPath(member.name)  # knows both separators
                 if path.anchor or ".." in path.parts:
-                    raise DataError(f"{file}: member {member.name!r} leads out of the archive; the tar is not used")
+                    raise DataError(f"{shown}: member {member.name!r} leads out of the archive; the tar is not used")
                 if not (member.isfile() or member.isdir()) or member.issparse():
-                    raise DataError(f"{file}: member {member.name!r} is a link or no plain file; the tar is not used")
+                    raise DataError(f"{shown}: member {member.name!r} is a link or no plain file; the tar is not used")
                 if member.isfile():
                     yield member.name, member.offset_data, member.size
             with file.open("rb") as rest:  # tarfile takes a damaged header for the end
                 rest.seek(tar.offset)
                 mark = rest.read(512)
                 if not mark:
-                    log.warning("%s: has no end; perhaps it was cut off, and rows are lost", file)
+                    log.warning("%s: has no end; perhaps it was cut off, and rows are lost", shown)
                 if mark.strip(b"\0"):
                     raise DataError(
-                        f"{file}: is damaged at byte {tar.offset}: no member begins there; mend or remove it"
+                        f"{shown}: is damaged at byte {tar.offset}: no member begins there; mend or remove it"
                     )
     except (tarfile.TarError, OSError, EOFError) as error:
         hint = "; unpack a compressed tar first" if file.suffix in (".gz", ".tgz", ".bz2", ".xz", ".zst") else ""
-        raise DataError(f"{file}: is no tar file that can be read ({one_line(error)}){hint}") from error
+        raise DataError(f"{shown}: is no tar file that can be read ({one_line(error)}){hint}") from error

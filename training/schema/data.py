@@ -31,9 +31,12 @@ class Source(Section):
 class Data(Section):
     """Where the pictures and captions come from, and how they are cut."""
 
-    path: str | None = None  # imagefolder, parquet or tar file, folder of such, or hub:owner/name
+    path: str | None = None  # imagefolder, parquet or tar file, folder or URL of such, or hub:owner/name
     sources: tuple[Source, ...] = ()  # several of them, in place of path
     streaming: bool = False  # read parquet or tar files from front to back, for what is too large to be indexed
+    storage_options: dict[str, Any] = Field(default_factory=dict)  # of fsspec's file system; no credentials
+    shard_cache: str | None = None  # folder of the local copies of remote files; None: beside the cache of datasets
+    shard_cache_gb: AboveZero = 50.0  # the largest size of those copies, in 10^9 bytes
     held_out: Annotated[float, Field(ge=0, lt=1)] = (
         0.05  # share kept for validation where the source has one split; 0: none
     )
@@ -82,6 +85,18 @@ class Data(Section):
     def beside(self) -> tuple[str, ...]:
         """How files of an imagefolder end that are no rows of their own."""
         return tuple(suffix for suffix in (self.mask_suffix, self.hint_suffix) if suffix)
+
+    @field_validator("storage_options")
+    @classmethod
+    def _no_credentials(cls, options: dict[str, Any]) -> dict[str, Any]:
+        public = ("anon", "cloud", "google_default", None, False)  # of gcsfs and huggingface_hub
+        for name in ("key", "secret", "token", "password"):
+            if name in options and options[name] not in public:
+                raise ValueError(
+                    f"{name}: the config is written into the run's folder, so credentials do not belong into it; set "
+                    "them in the environment (AWS_ACCESS_KEY_ID …, GOOGLE_APPLICATION_CREDENTIALS, HF_TOKEN)"
+                )
+        return options
 
     @field_validator("caption_templates")
     @classmethod
