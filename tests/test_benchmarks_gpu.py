@@ -1,4 +1,4 @@
-"""The benchmark for a machine with a GPU: every row ends as a row, within the budget, and its code runs (tiny, here)."""
+"""The benchmark for a machine with a GPU: whatever happens to a row, the file says so; and each row's code runs."""
 
 from __future__ import annotations
 
@@ -23,17 +23,21 @@ from benchmarks.gpu_jobs.rows import Settings  # noqa: E402
 from tests import failing_rows  # noqa: E402
 
 MODULE = failing_rows.__name__
-COMPILED = [row.name for job in gpu.PLAN for row in job.rows if row.name.endswith("-compile")]
+NAMES = [row.name for job in gpu.PLAN for row in job.rows]
+LONG = {  # rows that the slow test runs: compiled ones, and works like those that other rows do
+    *(name for name in NAMES if name.endswith("-compile")), "train/unet-32", "train/unet-32-channels-last",
+    "works/lora-sdxl", "works/lora-pixart", "works/whole", "works/fp16", "works/gan", "works/nf4", "works/flash",
+}  # fmt: skip
 
 
 def job(*rows: tuple[str, float]) -> gpu.Job:
     return gpu.Job(MODULE, tuple(gpu.Row(name, seconds) for name, seconds in rows))
 
 
-def reported(tmp_path: Path, *plan: gpu.Job, budget: float = 100.0, launch: Any = gpu.Subprocess) -> dict[str, Any]:
+def reported(tmp_path: Path, *plan: gpu.Job, budget: float = 100.0) -> dict[str, Any]:
     """The file, with the rows by name."""
     report = gpu.Report(tmp_path / "new" / "out.json", {}, say=lambda _: None)
-    gpu.run(plan, report, budget=budget, device="cpu", tiny=True, launch=launch)
+    gpu.run(plan, report, budget=budget, device="cpu", tiny=True)
     report.write(complete=True)
     found = json.loads(report.out.read_text())
     assert not list(report.out.parent.glob("*.partial"))
@@ -67,18 +71,19 @@ def test_a_row_that_fails_costs_no_other(tmp_path: Path, monkeypatch: pytest.Mon
             os.kill(pid, 0)
 
 
-def test_a_row_that_does_not_fit_says_so(tmp_path: Path):
+def test_a_row_that_does_not_fit_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Before it begins, by its estimate; and one that takes longer than what is left, when that is spent."""
-    plan = job(("x/good-1", 0.1), ("x/hung", 5.0), ("x/good-2", 9.0)), job(("x/good-3", 1000.0), ("x/good-4", 0.1))
+    monkeypatch.setattr(gpu, "COLD", 1.0)
+    plan = job(("x/good-1", 0.1), ("x/hung", 1.0), ("x/good-2", 9.0)), job(("x/good-3", 1000.0), ("x/good-4", 0.1))
     start = time.monotonic()
-    found = reported(tmp_path, *plan, budget=gpu.COLD + gpu.RESERVE + 6)
+    found = reported(tmp_path, *plan, budget=7)
     rows = found["rows"]
     assert {name: row["status"] for name, row in rows.items()} == {
         "x/good-1": "ok", "x/hung": "failed", "x/good-2": "skipped", "x/good-3": "skipped", "x/good-4": "skipped",
     }  # fmt: skip
-    assert "the budget of 18 s was spent while it ran" in rows["x/hung"]["error"]
-    assert "needs about 1" in rows["x/good-3"]["error"] and "s of the budget are left" in rows["x/good-3"]["error"]
-    assert found["spent_s"] <= 18 and time.monotonic() - start < 20 and found["complete"]
+    assert "the budget of 7 s was spent while it ran" in rows["x/hung"]["error"]
+    assert rows["x/good-3"]["error"] == "needs about 1001 s, and 0 s of the budget are left"
+    assert found["spent_s"] <= 7 and time.monotonic() - start < 9 and found["complete"]
 
 
 def test_a_row_of_another_device_is_skipped(tmp_path: Path):
@@ -149,14 +154,14 @@ class Forked:
 
 @pytest.fixture(scope="module")
 def result(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What the command writes, with tiny networks on a CPU, but for torch.compile's rows."""
+    """What the command writes, with tiny networks on a CPU, but for the long rows."""
+    import training.evaluate.report
+
     out = tmp_path_factory.mktemp("gpu") / "out.json"
-    names = [row.name for job in gpu.PLAN for row in job.rows if row.name not in COMPILED]
-    patch = pytest.MonkeyPatch()
-    with patch.context() as changed:
-        changed.setattr(gpu, "START", 0.0)
-        changed.setattr(gpu, "COLD", 0.0)
-        argv = ["--device", "cpu", "--tiny", "--budget", "400", "--out", str(out), "--only", *names]
+    with pytest.MonkeyPatch.context() as changed:
+        changed.setattr(training.evaluate.report, "write_report", lambda *_, **__: None)  # most of a tiny run's time
+        names = [name for name in NAMES if name not in LONG]
+        argv = ["--device", "cpu", "--tiny", "--budget", "550", "--out", str(out), "--only", *names]
         status = gpu.main(argv, launch=Forked)
     found = json.loads(out.read_text())
     failed = [row for row in found["rows"] if row["status"] == "failed"]
@@ -180,14 +185,15 @@ def test_the_file_has_all_that_a_number_depends_on(result: dict[str, Any]):
         keys = {"ok": {"values", "seconds", "estimate_s"}, "skipped": {"error"}}[row["status"]]
         assert set(row) == {"group", "row", "status", *keys}, row
     skipped = {name for name, row in zip(names, result["rows"], strict=True) if row["status"] == "skipped"}
-    assert {"works/offload", "works/compile"} <= skipped
-    assert skipped <= {"works/offload", "works/compile", "works/xformers", "works/nf4", "facts/xformers"}
+    assert {"works/offload", "works/compile"} <= skipped <= {
+        "works/offload", "works/compile", "works/xformers", "facts/xformers",
+    }  # fmt: skip
     machine = values(result, "facts/machine")
     assert machine["torch"] == torch.__version__ and machine["versions"]["diffusers"] and machine["device"] == "cpu"
     assert all(values(result, "facts/speed")[f"{x}_tflops"] > 0 for x in ("bf16", "fp16", "tf32", "fp32"))
 
 
-@pytest.mark.parametrize("name", ["unet-64", "unet-32", "dit-xl-32", "mmdit-2b-64"])
+@pytest.mark.parametrize("name", ["unet-64", "dit-xl-32", "mmdit-2b-64"])
 def test_a_training_row_has_both_sides(result: dict[str, Any], name: str):
     """The same weights on the same task: the first losses are alike (noise of unit variance, or a flow)."""
     row = values(result, f"train/{name}")
@@ -202,9 +208,8 @@ def test_a_training_row_has_both_sides(result: dict[str, Any], name: str):
 
 
 def test_other_rows(result: dict[str, Any]):
-    for name in ("unet-64", "unet-32"):
-        row = values(result, f"train/{name}-channels-last")
-        assert row["images_per_second"].keys() == {"ours"} and "time_over_stock" not in row
+    row = values(result, "train/unet-64-channels-last")
+    assert row["images_per_second"].keys() == {"ours"} and not {"time_over_stock", "forecast_gib"} & row.keys()
     for name in ("sd15-batch-1", "sd15-batch-4", "sd3-batch-1", "sd3-batch-4"):
         row = values(result, f"sampling/{name}")
         assert row["difference"] < 0.1 and row["4_steps"]["images_per_second"].keys() == {"ours", "stock"}
@@ -215,16 +220,30 @@ def test_other_rows(result: dict[str, Any]):
         assert all(row["ms"] > 0 and row["difference"] < 0.05 for x, row in backends.items() if x not in refused)
     resumed = values(result, "works/resume")
     assert resumed["checkpoints_when_killed"] == ["images_000000008"] and resumed["largest_difference"] == 0
-    for family in ("sd", "sdxl", "sd3", "pixart"):
+    for family in ("sd", "sd3"):
         row = values(result, f"works/lora-{family}")
-        assert row["learned"] and all(map(math.isfinite, row["losses"]))
+        assert row["learned"] and row["stock_loads"] and all(map(math.isfinite, row["losses"]))
 
 
 def test_the_command_runs_as_a_file(tmp_path: Path):
     """Processes of its own, started ahead; the group that is quickly done."""
-    argv = ["--device", "cpu", "--tiny", "--budget", "120", "--out", str(tmp_path / "a.json"), "--only", "facts/machine"]
+    argv = [
+        "--device",
+        "cpu",
+        "--tiny",
+        "--budget",
+        "120",
+        "--out",
+        str(tmp_path / "a.json"),
+        "--only",
+        "facts/machine",
+    ]
     done = subprocess.run(
-        [sys.executable, ROOT / "benchmarks" / "gpu.py", *argv], cwd=tmp_path, capture_output=True, text=True, timeout=180
+        [sys.executable, ROOT / "benchmarks" / "gpu.py", *argv],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=180,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert [row["status"] for row in json.loads((tmp_path / "a.json").read_text())["rows"]] == ["ok"]
@@ -232,11 +251,14 @@ def test_the_command_runs_as_a_file(tmp_path: Path):
 
 
 @pytest.mark.slow
-def test_compiled_rows(tmp_path: Path):
-    argv = ["--device", "cpu", "--tiny", "--budget", "500", "--out", str(tmp_path / "a.json"), "--only", *COMPILED]
+def test_the_long_rows(tmp_path: Path):
+    """In processes of their own, as the command runs them."""
+    argv = ["--device", "cpu", "--tiny", "--budget", "1000", "--out", str(tmp_path / "a.json"), "--only", *LONG]
     assert gpu.main(argv) == 0
     rows = json.loads((tmp_path / "a.json").read_text())["rows"]
-    assert [row["status"] for row in rows] == ["ok"] * len(COMPILED)
+    assert {f"{row['group']}/{row['row']}" for row in rows if row["status"] == "ok"} >= LONG - {
+        "works/compile", "works/nf4",  # for CUDA alone; where bitsandbytes is there
+    }  # fmt: skip
 
 
 # --- the plan --------------------------------------------------------------------------------------------------------

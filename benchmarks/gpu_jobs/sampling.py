@@ -1,4 +1,4 @@
-"""Sampling at full size with random weights, ours beside the stock pipelines: same weights, prompts, noise and steps."""
+"""Sampling at full size with random weights, ours beside stock pipelines: same weights, prompts, noise and steps."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import pipes
-from benchmarks.measure import interleave, ratio_of_medians
+from benchmarks.measure import interleave, ratio_of_medians, timed
 from pipelines.text_to_image import TextToImagePipeline
 
 from .rows import Settings
@@ -19,7 +19,7 @@ from .timing import finish, peak_mb, rounded
 
 __all__ = ["finish", "rows"]
 STEPS = (20, 50)
-ROUNDS = 3
+SECONDS, MOST = 4.0, 5  # both sides in turns take about so long, in so many rounds at most; one round at least
 GUIDANCE = 5.0
 # As they are published: half precision where the model was trained for it.
 DTYPES = {"sd15": torch.float16, "sd3": torch.bfloat16}
@@ -27,7 +27,9 @@ DTYPES = {"sd15": torch.float16, "sd3": torch.bfloat16}
 
 def rows(settings: Settings) -> dict[str, Callable[[], dict[str, Any]]]:
     return {
-        f"sampling/{name}-batch-{batch}": partial(measured, name, batch, settings) for name in DTYPES for batch in (1, 4)
+        f"sampling/{name}-batch-{batch}": partial(measured, name, batch, settings)
+        for name in DTYPES
+        for batch in (1, 4)
     }
 
 
@@ -59,20 +61,31 @@ def measured(name: str, batch: int, settings: Settings) -> dict[str, Any]:
         return pipe(prompts, generator=seeds, **call).images
 
     sides = {"ours": ours, "stock": stock}
-    a, b = (draw(pipe, few).float() for pipe in sides.values())  # the first calls choose kernels too
+    pictures: dict[str, Tensor] = {}
+    peaks: dict[str, float] = {}
+    for side, pipe in sides.items():  # the first calls choose kernels too
+
+        def first(side: str = side, pipe: Any = pipe) -> None:
+            pictures[side] = draw(pipe, few).float()
+
+        peaks[side] = peak_mb(first, device)
+    difference = (pictures["ours"] - pictures["stock"]).norm() / (pictures["stock"] - pictures["stock"].mean()).norm()
     values: dict[str, Any] = {
         "dtype": str(next(stock.vae.parameters()).dtype),
-        "pixels": list(b.shape[-2:]),
-        "difference": float((a - b).norm() / (b - b.mean()).norm()),
-        "peak_mb": {side: peak_mb(partial(draw, pipe, few), device) for side, pipe in sides.items()},
+        "pixels": list(pictures["stock"].shape[-2:]),
+        "difference": float(difference),
+        "peak_mb": peaks,
     }
+    a_step = timed(partial(draw, ours, few), device) / few
     medians: dict[int, dict[str, float]] = {}
     for steps in (few, many):
         calls = {side: partial(draw, pipe, steps) for side, pipe in sides.items()}
-        seconds = interleave(calls, 1 if settings.tiny else ROUNDS, device=device)
+        rounds = 1 if settings.tiny else min(MOST, max(1, round(SECONDS / (2 * steps * a_step))))
+        seconds = interleave(calls, rounds, device=device)
         medians[steps] = {side: float(np.median(x)) for side, x in seconds.items()}
         ratio = ratio_of_medians(seconds["ours"], seconds["stock"])
         values[f"{steps}_steps"] = {
+            "rounds": rounds,
             "seconds": medians[steps],
             "images_per_second": {side: batch / x for side, x in medians[steps].items()},
             "steps_per_second": {side: steps / x for side, x in medians[steps].items()},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import math
 import statistics
 import time
@@ -35,7 +36,7 @@ def median_ms(call: Callable[[], Any], device: torch.device, *, warm: int = 3, r
         call()
         event.record()
     torch.cuda.synchronize(device)
-    return statistics.median(a.elapsed_time(b) for a, b in zip(events, events[1:], strict=False))
+    return statistics.median(a.elapsed_time(b) for a, b in itertools.pairwise(events))
 
 
 def peak_mb(call: Callable[[], Any], device: torch.device) -> float:

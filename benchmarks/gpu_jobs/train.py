@@ -14,7 +14,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -339,7 +339,7 @@ def measured(name: str, settings: Settings, variant: str = "") -> dict[str, Any]
     config = config_of(case, str(folder), batch)
     accelerator = processes.started(config.train, "bf16")
     device = accelerator.device
-    with forecast(case, config, settings) as promised:
+    with forecast(case, config, settings, wanted=not variant) as promised:
         before = torch.cuda.memory_allocated() if device.type == "cuda" else 0
         backend = "eager" if settings.tiny else "inductor"
         began = time.perf_counter()
@@ -364,11 +364,9 @@ def measured(name: str, settings: Settings, variant: str = "") -> dict[str, Any]
 
         blocks = Blocks(task, build, *((1, 0.0) if settings.tiny else (ROUNDS, BLOCK_SECONDS)))
         as_task: Any = blocks
-        try:
+        with suppress(Finished):
             loop.train(as_task, config.train, run=folder, seed=0, accelerator=accelerator, inputs={})
-        except Finished:
-            pass
-        memory, flops = promised()
+        memory = promised()
     losses = {"ours": torch.stack(blocks.losses).tolist()}
     if stock:
         losses["stock"] = torch.stack(stock[0].losses).tolist()
@@ -376,7 +374,7 @@ def measured(name: str, settings: Settings, variant: str = "") -> dict[str, Any]
         if not all(map(math.isfinite, values)):
             raise RuntimeError(f"the losses of {side} are not finite: {values}")
     seconds = {side: x for side, x in blocks.seconds.items() if x}
-    steps = blocks.length
+    steps, flops = blocks.length, training_flops(*denoiser_of(config, case.sizes))
     speed = {side: steps * batch / statistics.median(x) for side, x in seconds.items()}
     result: dict[str, Any] = {
         "parameters_m": sum(p.numel() for p in task.net.parameters()) / 1e6,
@@ -389,12 +387,15 @@ def measured(name: str, settings: Settings, variant: str = "") -> dict[str, Any]
         "tflops": speed["ours"] * flops / 1e12,
         "mfu": speed["ours"] * flops / 1e12 / settings.peak_tflops if settings.peak_tflops else None,
         "peak_gib": (blocks.peak - before) / 2**30,
-        "forecast_gib": memory.total / 2**30,
-        "peak_over_forecast": (blocks.peak - before) / memory.total,
-        "forecast_parts_gib": {part: size / 2**30 for part, size in vars(memory).items()},
         "until_warm_s": blocks.warm - began,
         "first_and_last_loss": {side: [x[0], x[-1]] for side, x in losses.items()},
     }
+    if memory is not None:
+        result |= {
+            "forecast_gib": memory.total / 2**30,
+            "peak_over_forecast": (blocks.peak - before) / memory.total,
+            "forecast_parts_gib": {part: size / 2**30 for part, size in vars(memory).items()},
+        }
     if "stock" in seconds:
         ratio = ratio_of_medians(seconds["ours"], seconds["stock"])
         result |= {"time_over_stock": ratio.value, "time_over_stock_90": [ratio.low, ratio.high]}
@@ -406,22 +407,22 @@ def measured(name: str, settings: Settings, variant: str = "") -> dict[str, Any]
 
 @contextmanager
 def forecast(
-    case: Case, config: DiffusionConfig, settings: Settings
-) -> Iterator[Callable[[], tuple[Memory, int]]]:
-    """What ``ldm check`` says of the run's memory, and its FLOPs: counted on a CPU in another process meanwhile."""
-    if settings.device != "cuda":
-        costs = counted(case, config)
-        yield lambda: costs
-        return
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        yield pool.submit(counted, case, config).result
+    case: Case, config: DiffusionConfig, settings: Settings, *, wanted: bool
+) -> Iterator[Callable[[], Memory | None]]:
+    """What ``ldm check`` says of the step's memory: counted on the CPU by another process while this one measures."""
+    if not wanted:
+        yield lambda: None
+    elif settings.device != "cuda":
+        yield lambda: memory_of(case, config)
+    else:
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+            yield pool.submit(memory_of, case, config).result
 
 
-def counted(case: Case, config: DiffusionConfig) -> tuple[Memory, int]:
-    """Memory of a training step as forecast, and FLOPs of one image."""
+def memory_of(case: Case, config: DiffusionConfig) -> Memory:
+    """The forecast of a training step."""
     build, forward = denoiser_of(config, case.sizes)
-    memory = training_memory(
+    return training_memory(
         build, forward, config.train.batch_size, averaged=bool(config.ema_decay), autocast=torch.bfloat16,
         state_bytes=config.optimizer.state_bytes,
     )  # fmt: skip
-    return memory, training_flops(build, forward)

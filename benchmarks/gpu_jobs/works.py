@@ -44,9 +44,7 @@ def rows(settings: Settings) -> dict[str, Callable[[], Values]]:
     root = Path(settings.folder) / "works"
     root.mkdir()
     train = partial(run, root)
-    functions: dict[str, Callable[[], Values]] = {
-        f"works/lora-{name}": partial(lora, root, name) for name in FAMILIES
-    }
+    functions: dict[str, Callable[[], Values]] = {f"works/lora-{name}": partial(lora, root, name) for name in FAMILIES}
     functions |= {
         "works/whole": lambda: train("sd", "whole")[1],
         "works/fp16": lambda: train("sd3", "fp16", train={"mixed_precision": "fp16"})[1],
