@@ -36,6 +36,7 @@ from benchmarks.gpu_jobs.rows import Settings, Skipped  # noqa: E402
 
 START = 3.0  # seconds from the order to begin until the first row: the CUDA context (imports are done ahead)
 COLD = 10.0  # seconds until a process that was not started ahead has imported everything
+IMPORT = 120.0  # seconds that a process may take to import everything: disks can be slow the first time
 PATIENCE = 3.0  # a row may take this many times its estimate ...
 LEAST = 30.0  # ... and at least this many seconds
 RESERVE = 2.0  # seconds of the budget that are left for ending a process and writing the file
@@ -134,8 +135,8 @@ class Subprocess:
 
     def said(self) -> str:
         self.output.seek(max(0, self.output.seek(0, os.SEEK_END) - 4000))
-        status = f"exit status {self.process.returncode}"
-        return f"{self.output.read().decode(errors='replace')}\n{status}".strip()
+        said = self.output.read().decode(errors="replace").strip()
+        return said or f"exit status {self.process.returncode}"
 
 
 # --- the parent ------------------------------------------------------------------------------------------------------
@@ -258,7 +259,7 @@ def _attended(worker: Worker, rows: list[Row], report: Report, budget: float, de
             if not waiting or (not alive and not now and len(waiting) < len(rows)):
                 break  # done, or it ended itself between two rows: the device was of no more use to it
             row = waiting[now or next(iter(waiting))]
-            limit = max(LEAST, PATIENCE * (row.seconds if now else COLD))
+            limit = max(LEAST, PATIENCE * row.seconds) if now else IMPORT
             error = ""
             if report.spent() > budget - RESERVE:
                 error = f"the budget of {budget:.0f} s was spent while it ran"
@@ -272,8 +273,11 @@ def _attended(worker: Worker, rows: list[Row], report: Report, budget: float, de
                 tail = worker.said().splitlines()[-TAIL:]
                 if not alive and tail:
                     error += f": {tail[-1]}"
-                report.add(row.name, "failed", error=error, traceback=tail)
-                del waiting[row.name]
+                # Before its first row it failed to import, or has no device: that would go on for all of its rows.
+                lost = [row] if now or len(waiting) < len(rows) else list(waiting.values())
+                for row in lost:
+                    report.add(row.name, "failed", error=error, traceback=tail)
+                    del waiting[row.name]
                 break
             time.sleep(0.05)
     return list(waiting.values())

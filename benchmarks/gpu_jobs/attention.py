@@ -13,7 +13,7 @@ from torch import Tensor
 from ldm.models.attention import attention
 
 from .rows import Settings
-from .timing import finish, median_ms, peak_mb, rounded
+from .timing import check_device, finish, median_ms, peak_mb, rounded
 
 __all__ = ["finish", "rows"]
 BACKENDS = ("auto", "flash", "xformers", "plain")
@@ -40,6 +40,7 @@ SHAPES = {
 
 
 def rows(settings: Settings) -> dict[str, Callable[[], dict[str, Any]]]:
+    check_device(settings)
     return {f"attention/{name}": partial(measure, shape, settings) for name, shape in SHAPES.items()}
 
 

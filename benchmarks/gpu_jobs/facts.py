@@ -15,7 +15,7 @@ import torch
 from benchmarks.measure import cpu_name
 
 from .rows import Settings, Skipped
-from .timing import finish, median_ms, rounded
+from .timing import check_device, finish, median_ms, rounded
 
 __all__ = ["finish", "rows"]
 PACKAGES = (
@@ -25,6 +25,7 @@ PACKAGES = (
 
 
 def rows(settings: Settings) -> dict[str, Callable[[], dict[str, Any]]]:
+    check_device(settings)
     return {
         "facts/machine": lambda: machine(settings),
         "facts/speed": lambda: speed(settings),

@@ -15,7 +15,7 @@ from benchmarks.measure import interleave, ratio_of_medians, timed
 from pipelines.text_to_image import TextToImagePipeline
 
 from .rows import Settings
-from .timing import finish, peak_mb, rounded
+from .timing import check_device, finish, peak_mb, rounded
 
 __all__ = ["finish", "rows"]
 STEPS = (20, 50)
@@ -26,6 +26,7 @@ DTYPES = {"sd15": torch.float16, "sd3": torch.bfloat16}
 
 
 def rows(settings: Settings) -> dict[str, Callable[[], dict[str, Any]]]:
+    check_device(settings)
     return {
         f"sampling/{name}-batch-{batch}": partial(measured, name, batch, settings)
         for name in DTYPES
@@ -41,6 +42,7 @@ def pipelines(name: str, device: str, tiny: bool) -> tuple[Any, Any]:
             stock = pipes.PIPELINES["tiny"][1]() if name == "sd15" else pipes.tiny_sd3()
         else:
             stock = pipes.stable_diffusion_15() if name == "sd15" else pipes.stable_diffusion_3()
+    stock.scheduler = type(stock.scheduler).from_config(stock.scheduler.config)  # its tables belong on the CPU
     stock.to(device, torch.bfloat16 if device == "cpu" else DTYPES[name])
     ours = TextToImagePipeline.from_diffusers(stock)
     for pipe in (ours, stock):

@@ -16,7 +16,14 @@ from benchmarks.measure import peak_bytes, synchronize
 
 from .rows import Settings
 
-__all__ = ["finish", "median_ms", "peak_mb", "rounded", "synchronize"]
+__all__ = ["check_device", "finish", "median_ms", "peak_mb", "rounded", "synchronize"]
+
+
+def check_device(settings: Settings) -> torch.device:
+    """Raises RuntimeError where torch does not see the device: nothing of this size is to run on a CPU instead."""
+    if settings.device == "cuda" and not torch.cuda.is_available():
+        raise RuntimeError("--device cuda: torch sees no CUDA device here")
+    return torch.device(settings.device)
 
 
 def median_ms(call: Callable[[], Any], device: torch.device, *, warm: int = 3, repeats: int = 10) -> float:

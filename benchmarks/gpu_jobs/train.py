@@ -42,7 +42,7 @@ from training.tasks.common import compile_blocks, player
 from training.tasks.diffusion import DiffusionTask, network
 
 from .rows import Settings
-from .timing import finish, rounded, synchronize
+from .timing import check_device, finish, rounded, synchronize
 
 __all__ = ["CASES", "finish", "rows"]
 FEWEST_WARM = 3  # steps before anything is counted: kernels are chosen, the optimizer's state is made
@@ -108,6 +108,7 @@ def tiny(case: Case) -> Case:
 
 def rows(settings: Settings) -> dict[str, Callable[[], dict[str, Any]]]:
     """``NAME`` with stock in turns; ``NAME-channels-last`` and ``NAME-compile`` ours alone."""
+    check_device(settings)
     functions: dict[str, Callable[[], dict[str, Any]]] = {}
     for name in CASES:
         functions[f"train/{name}"] = partial(measured, name, settings)
@@ -356,7 +357,7 @@ def measured(name: str, settings: Settings, variant: str = "") -> dict[str, Any]
                 trainer = StockTrainer(twin, config.prediction_type)
                 for _ in range(2):
                     trainer.step(batch)
-            except torch.OutOfMemoryError as error:  # both sides do not fit; ours is measured alone
+            except RuntimeError as error:  # both sides may not fit: then ours is measured alone
                 errors.append(str(error).splitlines()[0])
                 return None
             stock.append(trainer)

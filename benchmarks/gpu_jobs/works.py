@@ -29,7 +29,7 @@ from training.run import train_all
 
 from .facts import installed
 from .rows import Settings, Skipped
-from .timing import finish, rounded
+from .timing import check_device, finish, rounded
 
 __all__ = ["finish", "rows"]
 FAMILIES = {"sd": "sd", "sdxl": "sdxl", "sd3": "sd3", "pixart": "pixart alpha"}
@@ -40,6 +40,7 @@ Values = dict[str, Any]
 
 
 def rows(settings: Settings) -> dict[str, Callable[[], Values]]:
+    check_device(settings)
     logging.getLogger("training").setLevel(logging.WARNING)
     root = Path(settings.folder) / "works"
     root.mkdir()
