@@ -50,10 +50,10 @@ def measure(shape: Shape, settings: Settings) -> dict[str, Any]:
     device = torch.device(settings.device)
     if settings.tiny:
         shape = shape._replace(batch=2, queries=shape.queries // 64, keys=max(4, shape.keys // 64))
-    generator = torch.Generator(device).manual_seed(0)
+    torch.manual_seed(0)
 
     def draw(tokens: int) -> Tensor:  # (B, H, N, d), as the networks have it: heads cut out of the width
-        x = torch.randn(shape.batch, tokens, shape.heads, shape.width, generator=generator, device=device)
+        x = torch.randn(shape.batch, tokens, shape.heads, shape.width, device=device)
         return x.to(torch.bfloat16).transpose(1, 2)
 
     q, k, v = draw(shape.queries), draw(shape.keys), draw(shape.keys)
