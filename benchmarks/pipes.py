@@ -46,16 +46,19 @@ def words(length: int) -> CLIPTokenizer:
     return train_tokenizer(PROMPTS, vocab_size=560, max_length=length)
 
 
-def clip(kind: type, width: int, length: int) -> dict[str, Any]:
-    """A text encoder and its tokenizer."""
+def clip(kind: type, width: int, length: int, **config: Any) -> dict[str, Any]:
+    """A text encoder and its tokenizer; a small one unless ``config`` says otherwise."""
     known: Any = words(length)
-    config = CLIPTextConfig(
-        vocab_size=len(known), hidden_size=width, intermediate_size=2 * width, num_hidden_layers=3,
-        num_attention_heads=4, max_position_embeddings=length, projection_dim=POOLED,
-        bos_token_id=known.bos_token_id, eos_token_id=known.eos_token_id, pad_token_id=known.pad_token_id,
+    sizes: dict[str, Any] = {
+        "hidden_size": width, "intermediate_size": 2 * width, "num_hidden_layers": 3, "num_attention_heads": 4,
+        "projection_dim": POOLED, **config,
+    }  # fmt: skip
+    whole = CLIPTextConfig(
+        vocab_size=len(known), max_position_embeddings=length, bos_token_id=known.bos_token_id,
+        eos_token_id=known.eos_token_id, pad_token_id=known.pad_token_id, **sizes,
     )  # fmt: skip
     torch.manual_seed(2)
-    return {"text_encoder": kind(config).eval(), "tokenizer": known}
+    return {"text_encoder": kind(whole).eval(), "tokenizer": known}
 
 
 def second(parts: dict[str, Any]) -> dict[str, Any]:
@@ -71,10 +74,11 @@ def t5(width: int) -> dict[str, Any]:
     return {"text_encoder": T5EncoderModel(config).eval(), "tokenizer": known}
 
 
-def stable_diffusion(of: Case, autoencoder: str, length: int) -> Any:
+def stable_diffusion(of: Case, autoencoder: str, length: int, **text: Any) -> Any:
+    """``text``: of the text encoder's config."""
     kind: Any = StableDiffusionPipeline
     return kind(
-        unet=stock_of(of), vae=vae(autoencoder), **clip(Clip, of.config["cross_attention_dim"], length),
+        unet=stock_of(of), vae=vae(autoencoder), **clip(Clip, of.config["cross_attention_dim"], length, **text),
         scheduler=DDIMScheduler(**BETAS, clip_sample=False, set_alpha_to_one=False, steps_offset=1),
         safety_checker=None, feature_extractor=None, requires_safety_checker=False,
     )  # fmt: skip
@@ -95,15 +99,42 @@ def sdxl() -> Any:
     )  # fmt: skip
 
 
-def sd3() -> Any:
+def sd3(size: str = "64", autoencoder: str = "demo", length: int = 77, **unlike: Any) -> Any:
+    """``unlike``: of the network's config."""
+    of = case("mmdit", size)
+    of = replace(of, config=of.config | {"pooled_projection_dim": 2 * POOLED, **unlike})
+    return _sd3(of, vae(autoencoder, shift_factor=0.0), *(clip(Projected, 128, length) for _ in range(2)))
+
+
+def _sd3(of: Case, autoencoder: AutoencoderKL, first: dict[str, Any], other: dict[str, Any]) -> Any:
     kind: Any = StableDiffusion3Pipeline
-    of = case("mmdit", "64")
-    of = replace(of, config=of.config | {"pooled_projection_dim": 2 * POOLED})
     return kind(
-        transformer=stock_of(of), vae=vae("demo", shift_factor=0.0),
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
-        **clip(Projected, 128, 77), **second(clip(Projected, 128, 77)), text_encoder_3=None, tokenizer_3=None,
+        transformer=stock_of(of), vae=autoencoder, scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        **first, **second(other), text_encoder_3=None, tokenizer_3=None,
     )  # fmt: skip
+
+
+def tiny_sd3() -> Any:
+    return sd3("tiny", "tiny", 16, joint_attention_dim=256)
+
+
+# Text towers of CLIP ViT-L/14 and OpenCLIP bigG/14.
+CLIP_L = {"intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12, "projection_dim": 768}
+CLIP_G = {
+    "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 20, "projection_dim": 1280,
+    "hidden_act": "gelu",
+}  # fmt: skip
+
+
+def stable_diffusion_15() -> Any:
+    """Stable Diffusion 1.5 at its size; the vocabulary alone is small."""
+    return stable_diffusion(case("unet", "sd15"), "sd", 77, **CLIP_L)
+
+
+def stable_diffusion_3() -> Any:
+    """Stable Diffusion 3 medium at its size, 512 px, without T5, which it may do without."""
+    towers = clip(Projected, 768, 77, **CLIP_L), clip(Projected, 1280, 77, **CLIP_G)
+    return _sd3(case("mmdit", "sd3"), vae("sd", latent_channels=16, shift_factor=0.0), *towers)
 
 
 def pixart() -> Any:
