@@ -52,7 +52,7 @@ ADAPT: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "sd dora": ("sd", FP16, DORA | kind("prodigy", learning_rate=1.0)),
     "sd token": ("sd", BF16, TOKEN | NO_CACHE),
     "sd text": ("sd", FP16, LORA | TEXT | NO_CACHE),
-    "sd inpaint": ("sd", BF16, INPAINT | LORA | kind("adafactor")),
+    "sd inpaint": ("sd", BF16, INPAINT | kind("adafactor")),
     "sdxl whole": ("sdxl", FP16 | {"gradient_checkpointing": 1}, kind("schedule_free")),
     "sdxl lora": ("sdxl", FP16 | {"resume": True}, LORA),
     "sdxl dora": ("sdxl", BF16, DORA),
@@ -72,6 +72,31 @@ ADAPT: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "sd flash": ("sd", BF16 | {"attention_backend": "flash"}, {}),
 }
 
+SAMPLERS = (
+    "ddpm", "ddim", "euler", "heun", "midpoint", "dpmpp_2m", "dpmpp_2m_sde", "dpmpp_2s", "dpmpp_2s_sde", "dpmpp_3m",
+    "dpmpp_3m_sde", "unipc", "lms", "pndm", "euler_maruyama", "predictor_corrector",
+)  # fmt: skip
+GUIDANCE = ({"guidance": x} for x in ("apg", {"name": "interval", "low": 0.2, "high": 0.8}, "dynamic_thresholding"))
+# family, pipeline, dtype, offload, the calls' arguments. The first call of each is decoded to pictures.
+DRAW: dict[str, tuple[str, str, str, bool, list[dict[str, Any]]]] = {
+    "draw sd": ("sd", "TextToImagePipeline", "float16", False, [{"output_type": "pil"}]),
+    "draw sd samplers": ("sd", "TextToImagePipeline", "bfloat16", False, [{"sampler": x} for x in SAMPLERS]),
+    "draw sd guidance": ("sd", "TextToImagePipeline", "float32", False, [*GUIDANCE, {"step_cache": 2}]),
+    "draw sdxl": ("sdxl", "TextToImagePipeline", "bfloat16", True, [{"output_type": "pt"}]),
+    "draw sdxl from a picture": ("sdxl", "ImageToImagePipeline", "float16", True, [{"output_type": "np"}]),
+    "draw sd3": ("sd3", "TextToImagePipeline", "float16", True, [{"output_type": "pil"}]),
+    "draw sd3 inpaint": ("sd3", "InpaintPipeline", "bfloat16", False, [{"output_type": "pil"}]),
+    "draw pixart": ("pixart", "TextToImagePipeline", "bfloat16", True, [{"output_type": "pil"}]),
+    "draw pixart fp16": ("pixart", "TextToImagePipeline", "float16", False, [{"output_type": "pil"}]),
+    "draw sd inpaint": ("sd", "InpaintPipeline", "float16", True, [{"output_type": "pil"}]),
+}  # fmt: skip
+
+
+def picture(colour: str) -> Any:
+    from PIL import Image
+
+    return Image.new("RGB", (16, 16), colour)
+
 
 # --- runs ------------------------------------------------------------------------------------------------------------
 
@@ -88,7 +113,11 @@ class Cases:
             found[name] = lambda name=name: self.scratch(name)
         for name in ADAPT:
             found[name] = lambda name=name: self.adapt(name)
-        return found
+        for name in DRAW:
+            found[name] = lambda name=name: self.draw(name)
+        from tests import simulated_faults
+
+        return found | simulated_faults.cases(self)
 
     def adapt(self, name: str) -> None:
         from tests import adapting
@@ -118,6 +147,43 @@ class Cases:
             raw["model"] = {"name": name, "num_layers": 2, "attention_head_dim": 8, "num_attention_heads": 2}
         self.run(parse(raw, f"{name}.yaml"), name in ("clip", "vae", "unet"))
 
+    def draw(self, name: str) -> None:
+        """By the base as it is, a call for each set of arguments; the waits between the first and the last step."""
+        import torch
+
+        import pipelines
+        from tests import adapting
+        from tests.simulated_cuda.syncs import LOG
+
+        family, kind, dtype, offload, calls = DRAW[name]
+        base = adapting.base(FAMILIES[family], self.root)
+        pipe = getattr(pipelines, kind).from_pretrained(base, dtype=getattr(torch, dtype))
+        pipe.set_progress_bar_config(disable=True)
+        if offload:
+            pipe.enable_model_cpu_offload()
+        else:
+            pipe.to("cuda")
+
+        def step(pipe: Any, i: int, t: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+            LOG.watching = 0 <= i < last
+            return {}
+
+        for call in calls:
+            call = {"num_inference_steps": 4, "guidance_scale": 3.0, "output_type": "latent", **call}
+            if kind != "TextToImagePipeline":
+                call |= {"image": picture("red"), "strength": 0.9}
+            if kind == "InpaintPipeline":
+                call["mask_image"] = picture("white")
+            last = call["num_inference_steps"] - 2
+            generator = [torch.Generator().manual_seed(i) for i in range(2)]
+            try:
+                out = pipe(["a red box", "blue box"], generator=generator, callback_on_step_end=step, **call).images
+            except Exception as error:
+                raise RuntimeError(f"{name}, call {call}") from error
+            finally:
+                LOG.watching = False
+            assert call["output_type"] != "latent" or out.isfinite().all(), f"{name}, call {call}: not finite"
+
     def run(self, config: Any, resume: bool) -> None:
         from training.run import result_of, train_all
 
@@ -139,7 +205,19 @@ class Cases:
 def watch_steady_steps() -> None:
     """From the fourth batch's loading to the sixth's."""
     from tests.simulated_cuda.syncs import LOG
-    from training import loop, processes
+    from training import loop, processes, run
+
+    build_task = run.build
+
+    def checked(*args: Any, **kwargs: Any) -> Any:
+        task = build_task(*args, **kwargs)
+        for player in task.players:
+            names = {name: p.dtype for name, p in player.module.named_parameters() if p.requires_grad}
+            half = sorted(name for name, dtype in names.items() if dtype.itemsize < 4)
+            assert not half, f"{player.name} trains weights in {names[half[0]]}: {', '.join(half[:3])} …"
+        return task
+
+    run.build = checked
 
     class Watched(processes.Pulse):
         def at(self, what: str) -> None:

@@ -56,7 +56,8 @@ class CudaTensor(torch.Tensor):
 
     def numpy(self, *_: Any, **__: Any) -> Any:
         raise TypeError(
-            "can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu() to copy the tensor to host memory first."
+            "can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu() to copy the tensor to host memory "
+            "first."
         )
 
     __array__ = numpy
@@ -75,11 +76,12 @@ class _Operator:
         self.arguments = [a.name for a in schema.arguments]
         self.dtypes = rules.DTYPES.get(self.name)
         self.wait = rules.WAITS.get(self.name)
+        if self.name == "aten::repeat_interleave" and func._overloadname == "self_int":
+            self.wait = None
         self.special = SPECIAL.get(self.name)
         self.writes = [a.name for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write]
         self.draws = "generator" in self.arguments
         self.has_device = "device" in self.arguments
-        self.has_size = self.name == "aten::repeat_interleave" and func._overloadname != "Tensor"
 
     def named(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         return {**dict(zip(self.arguments, args, strict=False)), **kwargs}
@@ -119,9 +121,8 @@ def run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if operator.draws:
         given = operator.named(args, kwargs)
         rules.check_generator(operator.full, given.get("generator"))
-    if operator.wait is not None and not operator.has_size and ours[0].numel():
-        if not (operator.name == "aten::repeat_interleave" and kwargs.get("output_size") is not None):
-            note(operator.wait)
+    if operator.wait is not None and ours[0].numel() and kwargs.get("output_size") is None:
+        note(operator.wait)
     to_host = False
     if operator.special is not None:
         answer = operator.special(operator, args, kwargs)
@@ -192,19 +193,14 @@ def _foreach_copy_(operator: _Operator, args: Any, kwargs: Any) -> Any:
 
 def _index(operator: _Operator, args: Any, kwargs: Any) -> Any:
     values = args[2] if len(args) > 2 else None
+    if not isinstance(args[0], CudaTensor):
+        raise RuntimeError(
+            f"{operator.full}: indices should be either on cpu or on the same device as the tensor (cpu)"
+        )
     if isinstance(values, Tensor) and not isinstance(values, CudaTensor) and values.ndim:
         raise RuntimeError(f"{operator.full}: expected self and value to be on the same device, got cuda:0 and cpu")
     if (kind := rules.indexing_waits(args[1], values)) is not None:
         note(kind)
-
-
-def _fused_sdp_choice(operator: _Operator, args: Any, kwargs: Any) -> Any:
-    given = operator.named(args, kwargs)
-    rules.sdpa_kernel(
-        *(given[x] for x in ("query", "key", "value")), given.get("attn_mask"), given.get("dropout_p", 0.0),
-        given.get("is_causal", False),
-    )  # fmt: skip
-    return 0  # whatever it would be, the numbers come from products and a softmax
 
 
 SPECIAL: dict[str, Callable[[_Operator, Any, Any], Any]] = {
@@ -213,7 +209,6 @@ SPECIAL: dict[str, Callable[[_Operator, Any, Any], Any]] = {
     "aten::_foreach_copy_": _foreach_copy_,
     **dict.fromkeys(("aten::index", "aten::_unsafe_index"), _index),
     **dict.fromkeys(("aten::index_put", "aten::index_put_", "aten::_index_put_impl_"), _index),
-    "aten::_fused_sdp_choice": _fused_sdp_choice,
 }
 
 # --- what makes tensors ----------------------------------------------------------------------------------------------
@@ -224,14 +219,14 @@ FACTORIES = (
     "randint.low", "randint.generator", "randint.low_generator", "randperm", "randperm.generator", "scalar_tensor",
     "tril_indices", "triu_indices",
 )  # fmt: skip
-_library: torch.library.Library | None = None
+_libraries: list[torch.library.Library] = []  # what they register goes with them
 
 
 def register() -> None:
-    """CUDA's kernels of what makes tensors, and of the copy that ``torch.tensor(…, device="cuda")`` makes below
-    Python's dispatch."""
-    global _library
-    _library = torch.library.Library("aten", "IMPL", "CUDA")
+    """CUDA's kernels of what makes tensors, of the copy that ``torch.tensor(…, device="cuda")`` makes below Python's
+    dispatch, and of attention, whose choice of a kernel is no operator."""
+    library = torch.library.Library("aten", "IMPL", "CUDA")
+    _libraries.append(library)
 
     def factory(full: str) -> Callable[..., Tensor]:
         packet, _, overload = full.partition(".")
@@ -245,8 +240,26 @@ def register() -> None:
         return make
 
     for full in FACTORIES:
-        _library.impl(full, factory(full))
-    _library.impl("copy_", _made_on_device)
+        library.impl(full, factory(full))
+    library.impl("copy_", _made_on_device)
+    above = torch.library.Library("aten", "IMPL", "AutogradCUDA")
+    _libraries.append(above)
+    above.impl("scaled_dot_product_attention", _attention)
+
+
+def _attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    **how: Any,
+) -> Tensor:
+    """Whatever kernel it would be, the numbers come from products and a softmax."""
+    rules.check_sdpa(query, key, value, attn_mask)
+    math = aten._scaled_dot_product_attention_math
+    return math(query, key, value, attn_mask, dropout_p, is_causal, **how)[0]
 
 
 def _made_on_device(target: CudaTensor, source: Tensor, non_blocking: bool = False) -> CudaTensor:

@@ -35,6 +35,15 @@ class Properties:
     name, major, minor, total_memory, multi_processor_count = NAME, 9, 0, TOTAL, 132
 
 
+def _swap_tensors(one: torch.Tensor, other: torch.Tensor) -> None:
+    """Each object has the other's content and class. torch's own refuses tensors that a graph refers to."""
+    if type(one) is type(other) and one.dtype is other.dtype and one.data_ptr() == other.data_ptr():
+        return  # it is there already: nothing has to move
+    one.__class__, other.__class__ = other.__class__, one.__class__
+    one.__dict__, other.__dict__ = other.__dict__, one.__dict__
+    torch._C._swap_tensor_impl(one, other)
+
+
 def _synchronize(device: Any = None) -> None:
     note("cuda.synchronize")
 
@@ -73,5 +82,7 @@ def apply() -> None:
     for name, (stand_in, _) in PATCHES.items():
         assert hasattr(torch.cuda, name), f"torch.cuda.{name} is gone: take it off the list"
         setattr(torch.cuda, name, stand_in)
+    # nn.Module.to: of a real device it puts new data into a parameter, whoever refers to it.
+    torch.utils.swap_tensors = _swap_tensors
     # torch._inductor, which diffusers imports, takes it where a device is there.
     torch._C._cuda_getCurrentRawStream = lambda index: 0  # type: ignore[attr-defined]

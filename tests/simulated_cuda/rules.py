@@ -109,24 +109,24 @@ def check_generator(full: str, generator: torch.Generator | None) -> None:
         raise RuntimeError(f"{full}: Expected a 'cuda' device type for generator but found 'cpu'")
 
 
-def sdpa_kernel(
-    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, dropout: float, causal: bool
-) -> int:
-    """What scaled_dot_product_attention may take of the kernels that are switched on (torch.nn.attention.SDPBackend).
+def check_sdpa(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None) -> None:
+    """Of scaled_dot_product_attention: one of the kernels that are switched on takes these.
 
     Raises:
-        RuntimeError: none of them.
+        RuntimeError: none does.
     """
-    kernels = torch.backends.cuda
-    same = query.dtype == key.dtype == value.dtype
-    width = query.shape[-1]
-    wide = width == key.shape[-1] == value.shape[-1] and width <= 256
-    if same and kernels.flash_sdp_enabled() and query.dtype in HALF and attn_mask is None and wide:
-        return 1
-    if same and kernels.mem_efficient_sdp_enabled() and query.dtype in (*HALF, torch.float32):
-        return 2
-    if kernels.math_sdp_enabled():
-        return 0
+    if not query.dtype == key.dtype == value.dtype:
+        kinds = f"{query.dtype}, {key.dtype} and {value.dtype}"
+        raise RuntimeError(f"Expected query, key, and value to have the same dtype, but got {kinds}")
+    kernels, width = torch.backends.cuda, query.shape[-1]
+    flash = query.dtype in HALF and attn_mask is None and width <= 256
+    efficient = query.dtype in (*HALF, torch.float32)
+    if (
+        (flash and kernels.flash_sdp_enabled())
+        or (efficient and kernels.mem_efficient_sdp_enabled())
+        or kernels.math_sdp_enabled()
+    ):
+        return
     raise RuntimeError(
         f"No available kernel. Aborting execution. (query {query.dtype}, heads {width} wide, "
         f"{'a' if attn_mask is not None else 'no'} mask; flash takes float16 and bfloat16 without a mask)"
