@@ -151,7 +151,7 @@ def test_xformers_gets_views_and_an_aligned_bias(xformers):
 
 
 class OnCuda(Tensor):
-    is_cuda = True
+    device = torch.device("cuda")  # and is_cuda is False, as of a simulated device
 
 
 def test_on_cuda_a_bias_takes_the_memory_efficient_kernel(monkeypatch):
@@ -247,8 +247,10 @@ def test_xformers_that_cannot_run_says_why(monkeypatch, xformers):
         check_backend("xformers")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     check_backend("xformers", 64)
-    with pytest.raises(ValueError, match="heads 30 wide, it takes multiples of 8"):
-        check_backend("xformers", 30)
+    check_backend("xformers", 36, torch.float32)
+    for width, dtype in ((30, None), (36, torch.bfloat16)):
+        with pytest.raises(ValueError, match=f"heads {width} wide, it takes multiples of 8"):
+            check_backend("xformers", width, dtype)
     del xformers.memory_efficient_attention  # xFormers is there, the package with its kernels is not
     for call in (lambda: check_backend("xformers"), lambda: attention(q, k, v, backend="xformers")):
         with pytest.raises(RuntimeError, match=r"'xformers' cannot be imported.*memory_efficient_attention"):
@@ -268,6 +270,8 @@ def test_flash_that_cannot_run_says_why(monkeypatch):
     with pytest.raises(RuntimeError, match=r"8\.0 \(Ampere\), Tesla T4 has 7\.5"):
         check_backend("flash")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
-    check_backend("flash", 256)
+    check_backend("flash", 256, torch.float16)
+    with pytest.raises(ValueError, match=r"takes float16 and bfloat16 on CUDA, not torch\.float32; take 'auto'"):
+        check_backend("flash", 256, torch.float32)
     with pytest.raises(ValueError, match="heads 512 wide, it takes 256 at most"):
         check_backend("flash", 512)

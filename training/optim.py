@@ -39,6 +39,7 @@ class Guarded:
         fp16: scale the loss (``scaled``), so that small gradients do not vanish in half precision.
     Raises:
         ConfigError: a package is missing, or a group's pattern matches nothing.
+        ValueError: a parameter that trains is not float32.
     """
 
     def __init__(
@@ -53,6 +54,7 @@ class Guarded:
     ):
         named = named_parameters(parameters)
         self.parameters = list(named.values())
+        check_float32(named)
         if not config.sharded and any(isinstance(p, DTensor) for p in self.parameters):
             raise ConfigError(f"optimizer.name: {config.name} does not take sharded weights (FSDP2); adamw does")
         self.config, self.per_step, self.steps, self.images = config, per_step, 0, 0
@@ -95,6 +97,7 @@ class Guarded:
         norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
         if isinstance(norm, DTensor):  # of sharded parameters: over all processes
             norm = norm.full_tensor()
+        norm = norm.float()  # fused AdamW takes grad_scale and found_inf in float32 only
         skipped = (~torch.isfinite(norm)).float()
         scale = 1.0 if self._scale is None else self._scale.clone()
         norm = norm / scale
@@ -173,13 +176,19 @@ class Guarded:
             for ours, theirs in stepper.kept.items():
                 stepper.optimizer.state.pop(theirs, None)
                 if there := numbers.get(place[ours]):
-                    stepper.optimizer.state[theirs] = {k: placed(v, ours) for k, v in there.items()}
+                    stepper.optimizer.state[theirs] = {k: placed(_float32(v), ours) for k, v in there.items()}
         self.steps, self.images = state["steps"], state["images"]
         self._set_rates()
 
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float)
+
+
+def _float32(value: Any) -> Any:
+    """State of a run whose LoRA trained in half precision goes on in float32."""
+    half = isinstance(value, Tensor) and value.dtype in (torch.float16, torch.bfloat16)
+    return value.float() if half else value
 
 
 def placed(value: Any, like: Tensor) -> Any:
@@ -203,6 +212,21 @@ def named_parameters(parameters: Parameters) -> dict[str, nn.Parameter]:
         if p.requires_grad:
             found[name] = p
     return found
+
+
+def check_float32(named: Mapping[str, nn.Parameter]) -> None:
+    """Small updates vanish in half precision: frozen weights may be half, those that train may not.
+
+    Raises:
+        ValueError: a parameter is not float32.
+    """
+    other = {name: p.dtype for name, p in named.items() if p.dtype != torch.float32}
+    if other:
+        name, dtype = next(iter(other.items()))
+        raise ValueError(
+            f"optimizer: {len(other)} of {len(named)} parameters that train are not float32, first {name} ({dtype}); "
+            "call .float() on what trains, and keep half precision for frozen weights and autocast"
+        )
 
 
 def grouped(named: Mapping[str, nn.Parameter], config: AnyOptimizer) -> Groups:

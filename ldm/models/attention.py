@@ -46,8 +46,13 @@ def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, *, ba
     return KERNELS[backend](q, k, v, bias)
 
 
-def check_backend(name: str, head_dim: int | None = None) -> None:
-    """Refuse a backend that no call can use on this machine (with heads ``head_dim`` wide), and say why."""
+def check_backend(name: str, head_dim: int | None = None, dtype: torch.dtype | None = None) -> None:
+    """Refuse a backend that no call can use on this machine, and say why.
+
+    Args:
+        head_dim: width of a head; None: any.
+        dtype: of q, k and v (under autocast, autocast's); None: any.
+    """
     if name not in BACKENDS:
         raise ValueError(_unknown(name))
     if name == "xformers":
@@ -56,7 +61,8 @@ def check_backend(name: str, head_dim: int | None = None) -> None:
             raise RuntimeError(
                 f"attention backend 'xformers': its kernels need a CUDA device, none is visible; {OTHER}"
             )
-        if head_dim is not None and head_dim % 4:
+        multiple = 8 if dtype in HALF else 4
+        if head_dim is not None and head_dim % multiple:
             raise ValueError(
                 f"attention backend 'xformers': heads {head_dim} wide, it takes multiples of 8 (4 in float32)"
             )
@@ -68,6 +74,8 @@ def check_backend(name: str, head_dim: int | None = None) -> None:
             )
         if head_dim is not None and head_dim > FLASH_DIM:
             raise ValueError(f"attention backend 'flash': heads {head_dim} wide, it takes {FLASH_DIM} at most; {OTHER}")
+        if dtype is not None and dtype not in HALF:
+            raise ValueError(_not_half(dtype))
 
 
 OTHER = "take 'auto' or 'sdpa'"
@@ -92,7 +100,7 @@ def _auto(device: str, dtype: torch.dtype, biased: bool) -> str:
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
     if bias is None:
         return F.scaled_dot_product_attention(q, k, v)
-    if not q.is_cuda:
+    if q.device.type != "cuda":
         return F.scaled_dot_product_attention(q, k, v, bias[:, None, None, :].to(q.dtype))
     # Not cuDNN's kernel, which torch 2.11 to 2.13 prefers on Hopper: with a mask its gradients can be NaN
     # (pytorch#196678).
@@ -118,12 +126,16 @@ def _flash(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
         raise ValueError(
             f"attention backend 'flash': tensors on {q.device.type}, it takes CUDA's and the CPU's; {OTHER}"
         )
-    if q.is_cuda and q.dtype not in HALF:
-        raise ValueError(f"attention backend 'flash' takes float16 and bfloat16 on CUDA, not {q.dtype}; {OTHER}")
-    if q.is_cuda and q.shape[-1] > FLASH_DIM:
+    if q.device.type == "cuda" and q.dtype not in HALF:
+        raise ValueError(_not_half(q.dtype))
+    if q.device.type == "cuda" and q.shape[-1] > FLASH_DIM:
         raise ValueError(f"attention backend 'flash': heads {q.shape[-1]} wide, it takes {FLASH_DIM} at most; {OTHER}")
     with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
         return F.scaled_dot_product_attention(q, k, v)
+
+
+def _not_half(dtype: torch.dtype) -> str:
+    return f"attention backend 'flash' takes float16 and bfloat16 on CUDA, not {dtype}; {OTHER}"
 
 
 def _xformers(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import difflib
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
@@ -198,11 +199,15 @@ class Network(nn.Module):
 
     # --- attention ---------------------------------------------------------------------------------------------------
 
-    def check_attention_backend(self, name: str) -> None:
-        """Raises what ``set_attention_backend`` would, and changes nothing."""
+    def check_attention_backend(self, name: str, dtype: torch.dtype | None = None) -> None:
+        """Raises what ``set_attention_backend`` would, and changes nothing.
+
+        Args:
+            dtype: in which attention will run; what the backend does not take is refused too.
+        """
         check_backend(name)
         for width in sorted({layer.to_q.out_features // getattr(layer, "heads", 1) for layer in self._attentions()}):
-            check_backend(name, width)
+            check_backend(name, width, dtype)
 
     def set_attention_backend(self, name: str) -> None:
         """Choose the attention kernel of every layer: ``auto``, ``xformers``, ``flash``, ``sdpa`` or ``plain``.
@@ -214,6 +219,17 @@ class Network(nn.Module):
         self.check_attention_backend(name)
         for layer in self._attentions():
             layer.backend = name
+
+    @contextmanager
+    def default_attention(self) -> Iterator[None]:
+        """Within this context every layer has the attention backend that a network is opened with, ``auto``."""
+        before = [(layer, layer.backend) for layer in self._attentions()]
+        self.set_attention_backend("auto")
+        try:
+            yield
+        finally:
+            for layer, backend in before:
+                layer.backend = backend
 
     def _attentions(self) -> list[Any]:
         return [module for module in self.modules() if hasattr(module, "backend")]

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
+from peft.functional import cast_adapter_dtype
 from torch import Tensor, nn
 
 from ldm.models.base import acts
@@ -73,6 +74,7 @@ def add_lora(module: nn.Module, settings: LoraSettings, name: str = "default") -
         module, name, plan, lora_dropout=settings.dropout, use_rslora=settings.rslora, use_dora=settings.dora,
         init_lora_weights=INITS[settings.init],
     )  # fmt: skip
+    cast_adapter_dtype(module, name)  # peft gave it the base's, and what trains is float32
     for live, weight in kept.items():
         layer: Any = module.get_submodule(live)
         start = (layer.lora_A[name].weight, layer.lora_B[name].weight)

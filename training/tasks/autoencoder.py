@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -22,7 +23,7 @@ from ..evaluate.metrics import psnr, ssim
 from ..loop import Batch, Player
 from ..processes import check_whole, gathered_mean, shared
 from ..schema import AutoencoderConfig
-from .common import made, player, tuned
+from .common import check_attention, made, player, tuned
 
 SHOWN = 8  # reconstructions in the picture that is logged
 MEASURED = 1024  # pictures whose latents give the scale
@@ -41,6 +42,7 @@ class AutoencoderTask:
         data = config.data
         self.rows = PictureBatches(train, config.seed, crop=data.random_crop, flip=data.random_flip)
         self.vae = tuned(VAE(**config.model.model_dump(), sample_size=data.resolution), config.train)
+        check_attention(self.vae, config.train, accelerator)
         self.critic: PatchDiscriminator | None = None
         self.perceptual = None
         if config.loss.perceptual:
@@ -82,6 +84,13 @@ class AutoencoderTask:
         loss = losses.critic_loss(self.players[1].module, batch["pictures"], batch["reconstruction"])
         return loss, {"critic_loss": loss}
 
+    @contextmanager
+    def _at_rest(self) -> Iterator[None]:
+        """Within this context the autoencoder is as users will have it: averaged, with the default attention. It is
+        called outside of autocast, and ``train.attention_backend`` may not take float32 (flash on CUDA)."""
+        with self.players[0].averaged(), self.vae.default_attention():
+            yield
+
     @torch.no_grad()
     def _reconstruct(self, rows: Pictures, wanted: Sequence[int]) -> tuple[Tensor, Tensor]:
         """These pictures and their reconstructions from the latents' means, uint8 on the CPU."""
@@ -96,7 +105,7 @@ class AutoencoderTask:
     def held_out(self) -> dict[str, float]:
         """PSNR (dB) and SSIM of up to 256 pictures that were never trained on, and of as many that were."""
         values = {}
-        with self.players[0].averaged():
+        with self._at_rest():
             for name, rows in (("held_out", self.test_pictures), ("train", self.train_pictures)):
                 x, y = self._reconstruct(rows, shared(min(len(rows), 256), self.accelerator))
                 for metric in (psnr, ssim):
@@ -105,7 +114,7 @@ class AutoencoderTask:
         return values
 
     def sample(self, file: Path) -> None:
-        with self.players[0].averaged():
+        with self._at_rest():
             x, y = self._reconstruct(self.test_pictures, range(min(len(self.test_pictures), SHOWN)))
         file.parent.mkdir(parents=True, exist_ok=True)
         pairs_grid(x, y).save(file)
@@ -126,7 +135,7 @@ class AutoencoderTask:
     def export(self) -> None:
         """``RUN/pipeline`` opens as diffusers' AutoencoderKL, with the measured scale in its config."""
         partial = self.run / "pipeline.partial"
-        with self.players[0].averaged():
+        with self._at_rest():
             self.vae.set_latent_scale(self.latent_scale())
             self.vae.to_diffusers().save_pretrained(partial)
         replace_folder(partial, self.run / "pipeline")

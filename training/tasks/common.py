@@ -84,6 +84,15 @@ def tuned(net: Net, how: Train) -> Net:
     return net
 
 
+def check_attention(net: Network, how: Train, accelerator: Accelerator) -> None:
+    """Raises ConfigError where the attention backend does not take the precision of the training step."""
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision, torch.float32)
+    try:
+        net.check_attention_backend(how.attention_backend, dtype)
+    except ValueError as error:
+        raise ConfigError(f"train.attention_backend: {error}") from error
+
+
 def compile_blocks(net: Network, backend: str | Callable = "inductor", dynamic: bool | None = False) -> int:
     """Compile each block of the network by itself (regional compilation): blocks of one class and the same sizes share
     their code, so that it is made once and quickly. Parameters keep their names.

@@ -42,7 +42,7 @@ from ..objective import path_of, prediction_of, times, weights
 from ..preflight import Sizes
 from ..schema import AdaptConfig, DiffusionConfig, DiTModel, Times, UNetModel
 from ..sources import Split
-from .common import player, tuned
+from .common import check_attention, player, tuned
 
 PROBED = 64  # rows whose loss is followed at fixed times and noise
 LEVELS = 8  # of t, for each of them
@@ -86,6 +86,7 @@ class DiffusionTask:
             how, path, prediction = config.timesteps, path_of(config.path), prediction_of(config)
             self.net = network(config, sizes_of(self.about))
             self.schedule = default_schedule(path, prediction, FAMILY[config.model.name], how.shift)
+        check_attention(self.net, config.train, accelerator)
         path, prediction = self.schedule.path, self.schedule.prediction
         self.time = partial(times, how, config.train.batch_size, path)
         self.weight = partial(weights, config, path, prediction)
@@ -133,9 +134,11 @@ class DiffusionTask:
 
     @contextmanager
     def _at_rest(self) -> Iterator[None]:
-        """Within this context the networks are as users will have them: averaged, without dropout."""
+        """Within this context the networks are as users will have them: averaged, without dropout, with the default
+        attention. Grids and exports call the bare network outside of autocast, and ``train.attention_backend`` may
+        not take its dtype (flash: no float32 on CUDA)."""
         module = self.players[0].module
-        with self.players[0].averaged():
+        with self.players[0].averaged(), self.net.default_attention():
             module.eval()
             try:
                 yield
