@@ -10,19 +10,15 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from tests.simulated_runs import Cases
 
-# --- runs with a fault in them: what must be told, as an error (a pattern) or as a wait (kind, file) -----------------
+# --- runs with a fault in them: what must be told, as an error (a pattern) or as waits in training/gradients.py ------
 
-RUNS: dict[str, str | tuple[str, str]] = {
+RUNS: dict[str, str | list[str]] = {
     "fault: a CPU tensor in a batch": r"Expected all tensors to be on the same device",
-    "fault: an item in the step": ("item", "training/gradients.py"),
-    "fault: a copy to the host in the step": ("D2H copy", "training/gradients.py"),
-    "fault: a blocking copy to the device in the step": ("H2D copy", "training/gradients.py"),
-    "fault: a tensor made from numbers in the step": ("torch.tensor(device=cuda)", "training/gradients.py"),
-    "fault: a mask as an index in the step": ("bool index", "training/gradients.py"),
+    "fault: waits in the step": ["D2H copy", "H2D copy", "bool index", "item", "torch.tensor(device=cuda)"],
     "fault: found_inf in bf16": r"found_inf: expected scalar type Float but found torch.bfloat16",
-    "fault: a norm that trains in bf16": r"net trains weights in torch.bfloat16: .*norm",
+    "fault: a norm that trains in bf16": r"net trains weights in torch.bfloat16: .*norm|float32",
     "fault: a half network with norms in float32": r"native_group_norm.* expected the same dtype",
-    "fault: a float32 network in bf16's place": r"expected the same dtype",
+    "fault: a float32 layer in a half network": r"expected the same dtype",
     "fault: flash outside autocast": r"attention backend 'flash' takes float16 and bfloat16|No available kernel",
     "fault: another end after a resume": r"taken up from the middle, it ends with other weights",
 }
@@ -32,64 +28,60 @@ def cases(runs: Cases) -> dict[str, Callable[[], None]]:
     """By name; the device's own rules are one case."""
     found: dict[str, Callable[[], None]] = {"rules": check_rules}
     for name in RUNS:
-        found[name] = lambda name=name: _faulty(runs, name)
+        found[name] = lambda name=name: _faulty(runs, name.removeprefix("fault: "))
     return found
 
 
-def _faulty(runs: Cases, name: str) -> None:
-    import torch
+def _faulty(runs: Cases, what: str) -> None:
+    from training import optim, optimizers
+    from training.tasks import clip, diffusion
 
-    from tests import adapting
-    from training.tasks import diffusion
-
-    what = name.removeprefix("fault: ")
     with _replaced() as replace:
-        loss, network = diffusion.DiffusionTask.loss, diffusion.opened
         if what == "a CPU tensor in a batch":
+            loss = diffusion.DiffusionTask.loss
             replace(
                 diffusion.DiffusionTask, "loss",
                 lambda self, batch, images: loss(self, {**batch, "moments": batch["moments"].cpu()}, images),
             )  # fmt: skip
-        elif what.endswith("in the step"):
-            act: Callable[[Any], Any] = {
-                "an item": lambda x: x.item(),
-                "a copy to the host": lambda x: x.cpu(),
-                "a blocking copy to the device": lambda x: torch.ones(2).to(x.device),
-                "a tensor made from numbers": lambda x: torch.tensor([1.0], device=x.device),
-                "a mask as an index": lambda x: x[None][x[None] > 0],
-            }[what.removesuffix(" in the step")]
-
-            def with_wait(self: Any, batch: Any, images: int) -> Any:
-                found = loss(self, batch, images)
-                act(found[0].detach())
-                return found
-
-            replace(diffusion.DiffusionTask, "loss", with_wait)
+            runs.adapt("sd whole")
         elif what == "found_inf in bf16":
-            from training import optimizers
-
             step = optimizers.Fused.step
             replace(optimizers.Fused, "step", lambda self, divisor, skipped: step(self, divisor, skipped.bfloat16()))
+            runs.adapt("sd whole")
         elif what == "a norm that trains in bf16":
-
-            def half_norms(*args: Any) -> Any:
-                net = network(*args)
-                for module in net.modules():
-                    if isinstance(module, torch.nn.GroupNorm):
-                        module.bfloat16()
-                return net
-
-            replace(diffusion, "opened", half_norms)
+            opened = diffusion.opened
+            replace(diffusion, "opened", lambda *args: _with_norms(opened(*args), "bfloat16"))
+            runs.adapt("sd whole")
+        elif what == "waits in the step":
+            contrast = clip.ClipTask.loss
+            replace(clip.ClipTask, "loss", lambda self, batch, images: _waiting(contrast(self, batch, images)))
+            runs.scratch("clip", "clip_that_waits")
         elif what == "another end after a resume":
-            from training import optim
-
             replace(optim.Guarded, "load", lambda self, tensors, state: None)
+            runs.scratch("clip", "clip_that_forgets")
         else:
-            return _drawn(runs, what)
-        resume = what == "another end after a resume"
-        train = {"mixed_precision": "bf16", "images": 12, "checkpoint_every": 6, "log_every": 12}
-        config = adapting.config("sd", runs.root, re.sub(r"\W+", "_", name), train=train)
-        runs.run(config, resume)
+            _drawn(runs, what)
+
+
+def _waiting(found: Any) -> Any:
+    import torch
+
+    loss = found[0].detach()
+    loss.item()
+    loss.cpu()
+    torch.ones(2).to(loss.device)
+    torch.tensor([1.0], device=loss.device)
+    loss[None][loss[None] > 0]
+    return found
+
+
+def _with_norms(net: Any, dtype: str) -> Any:
+    import torch
+
+    for module in net.modules():
+        if isinstance(module, torch.nn.GroupNorm):
+            module.to(getattr(torch, dtype))
+    return net
 
 
 def _drawn(runs: Cases, what: str) -> None:
@@ -99,18 +91,16 @@ def _drawn(runs: Cases, what: str) -> None:
     from pipelines import TextToImagePipeline
     from tests import adapting
 
-    half = what != "flash outside autocast"
-    dtype = torch.bfloat16 if half else torch.float32
-    pipe = TextToImagePipeline.from_pretrained(adapting.base("sd", runs.root), dtype=dtype).to("cuda")
+    flash = what == "flash outside autocast"
+    folder, dtype = adapting.base("sd", runs.root), torch.float32 if flash else torch.bfloat16
+    pipe = TextToImagePipeline.from_pretrained(folder, dtype=dtype).to("cuda")
     pipe.set_progress_bar_config(disable=True)
-    if what == "a half network with norms in float32":
-        for module in pipe.net.modules():
-            if isinstance(module, torch.nn.GroupNorm):
-                module.float()
-    elif what == "a float32 network in bf16's place":
+    if flash:
+        pipe.set_attention_backend("flash")
+    elif what == "a float32 layer in a half network":
         pipe.net.conv_in.float()
     else:
-        pipe.set_attention_backend("flash")
+        _with_norms(pipe.net, "float32")
     pipe("a red box", num_inference_steps=2, output_type="latent")
 
 

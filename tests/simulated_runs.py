@@ -6,6 +6,7 @@ steps, and its seconds. ``tests/test_simulated_cuda.py`` starts it and judges th
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
 import sys
@@ -29,7 +30,7 @@ TOY = {"token": "<toy>", "initializer_token": "red"}
 
 BF16, FP16 = {"mixed_precision": "bf16"}, {"mixed_precision": "fp16"}
 LORA: dict[str, Any] = {"lora": {"rank": 2}}
-DORA: dict[str, Any] = {"lora": {"rank": 2, "use_dora": True, "target_modules": "all-linear"}}
+DORA: dict[str, Any] = {"lora": {"rank": 2, "use_dora": True}}
 TOKEN: dict[str, Any] = {
     "new_tokens": [TOY], "train_denoiser": False, "data": {"instance_prompt": "a <toy>"},
     "sample": {"prompts": ["a <toy>"]},
@@ -43,11 +44,12 @@ def kind(name: str, **options: Any) -> dict[str, Any]:
     return {"optimizer": {"name": name, **options}}
 
 
+SCRATCH = ("clip", "vae", "unet", "mmdit", "dit")  # in this order: the later ones build on the first two
 # A covering set: every family with every way to adapt it; over all of them both precisions with every family and way,
 # every optimizer that runs without CUDA's own kernels, each attention backend, cache and none, and the loop's options.
 # name: family, train, sections; "resume" goes on from the checkpoint in the middle, and compares.
 ADAPT: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
-    "sd whole": ("sd", BF16 | {"resume": True}, kind("adamw")),
+    "sd whole": ("sd", BF16, kind("adamw")),
     "sd lora": ("sd", BF16 | {"resume": True}, LORA),
     "sd dora": ("sd", FP16, DORA | kind("prodigy", learning_rate=1.0)),
     "sd token": ("sd", BF16, TOKEN | NO_CACHE),
@@ -55,7 +57,7 @@ ADAPT: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "sd inpaint": ("sd", BF16, INPAINT | kind("adafactor")),
     "sdxl whole": ("sdxl", FP16 | {"gradient_checkpointing": 1}, kind("schedule_free")),
     "sdxl lora": ("sdxl", FP16 | {"resume": True}, LORA),
-    "sdxl dora": ("sdxl", BF16, DORA),
+    "sdxl dora": ("sdxl", BF16 | {"async_checkpoint": True}, DORA),
     "sdxl token": ("sdxl", FP16, TOKEN),
     "sdxl text": ("sdxl", BF16, TEXT | {"ema": {"device": "cpu"}, "ema_decay": 0.9}),
     "sdxl inpaint": ("sdxl", FP16, INPAINT),
@@ -65,7 +67,7 @@ ADAPT: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "sd3 token": ("sd3", BF16, TOKEN),
     "sd3 text": ("sd3", FP16 | {"resume": True}, TEXT | LORA),
     "pixart whole": ("pixart", FP16 | {"resume": True}, NO_CACHE),
-    "pixart lora": ("pixart", BF16, LORA | kind("schedule_free")),
+    "pixart lora": ("pixart", BF16, LORA | kind("schedule_free") | {"ema": {"snapshot_every": 6}}),
     "pixart dora": ("pixart", FP16, DORA),
     "pixart token": ("pixart", FP16, TOKEN),
     "pixart text": ("pixart", BF16, TEXT | LORA),
@@ -109,17 +111,19 @@ class Cases:
 
     def all(self) -> dict[str, Callable[[], None]]:
         found: dict[str, Callable[[], None]] = {}
-        for name in ("clip", "vae", "unet", "mmdit", "dit"):
+        for name in SCRATCH:
             found[name] = lambda name=name: self.scratch(name)
         for name in ADAPT:
             found[name] = lambda name=name: self.adapt(name)
         for name in DRAW:
             found[name] = lambda name=name: self.draw(name)
+        found["command line"] = self.command_line
         from tests import simulated_faults
 
         return found | simulated_faults.cases(self)
 
     def adapt(self, name: str) -> None:
+        """A run that starts from a base."""
         from tests import adapting
 
         family, train, sections = ADAPT[name]
@@ -132,13 +136,14 @@ class Cases:
         )
         self.run(config, resume)
 
-    def scratch(self, name: str) -> None:
+    def scratch(self, name: str, run: str | None = None) -> None:
+        """A task from nothing, into the folder ``run``, by default one of its name."""
         from tests import killed
         from training.config import parse
 
         raw = killed.configs(self.root, self.root)["unet" if name in ("mmdit", "dit") else name]
         precision = FP16 if name in ("unet", "mmdit") else BF16
-        raw |= {"train": {**TRAIN, **precision}, "output_dir": str(self.root / name)}
+        raw |= {"train": {**TRAIN, **precision}, "output_dir": str(self.root / (run or name))}
         if name == "vae":
             raw["loss"] |= {"gan_start": 2, "perceptual": f"clip:{self.root / 'clip'}"}
         if name in ("unet", "mmdit", "dit"):
@@ -184,7 +189,26 @@ class Cases:
                 LOG.watching = False
             assert call["output_type"] != "latent" or out.isfinite().all(), f"{name}, call {call}: not finite"
 
+    def command_line(self) -> None:
+        """``ldm train`` with its check of what fits, and ``ldm sample`` of what it made."""
+        from tests import adapting
+        from training import cli, config
+
+        sections: dict[str, Any] = {**LORA, "sample": SAMPLE, "train": {**TRAIN, "images": 2}}
+        asked = adapting.config("sd", self.root, "command_line", **sections)
+        (self.root / "command.yaml").write_text(config.dump(asked))
+        drawn = self.root / "drawn.png"
+        sample = [asked.base, "a red box", "--lora", asked.output_dir, "--steps", "2", "-n", "2", "-o", str(drawn)]
+        for arguments in (["train", str(self.root / "command.yaml")], ["sample", *sample]):
+            sys.argv = ["ldm", *arguments]
+            try:
+                cli.main()
+            except SystemExit as leaving:
+                assert not leaving.code, f"ldm {' '.join(arguments)}: {leaving.code}"
+        assert drawn.is_file()
+
     def run(self, config: Any, resume: bool) -> None:
+        """To the end; with ``resume`` again from the checkpoint in the middle, to the same weights."""
         from training.run import result_of, train_all
 
         train_all([config])
@@ -252,12 +276,18 @@ def main(folder: Path, names: list[str]) -> None:
     patches.apply()
     device.register()
     torch.set_num_threads(1)
-    import training.evaluate.report
-    from tests import killed
+    from tests import adapting  # with all that is heavy
+    from training import arithmetic, base, preflight, sizes  # noqa: F401
+    from training.evaluate import report
+    from training.tasks import diffusion
 
-    training.evaluate.report.write_report = lambda *a, **k: None  # no part of the device's work
-    if not (folder / "data").exists():
-        killed.draw(folder / "data")
+    # What is no work of the device: the report's page, operations counted and bases checked on the meta device.
+    report.write_report = lambda *a, **k: None
+    arithmetic.training_flops, sizes.network_of = lambda *a: None, lambda config: ()
+    base.check_conditioning = lambda *a: None
+    diffusion.PROBED = 4  # rows whose loss is followed
+    adapting.base("sd", folder)
+    gc.freeze()  # a run ends with a full collection, which need not look at all modules
     watch_steady_steps()
     cases = Cases(folder).all()
     with (folder / "results.jsonl").open("a") as results:

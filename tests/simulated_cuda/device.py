@@ -49,6 +49,13 @@ class CudaTensor(torch.Tensor):
     def data_ptr(self) -> int:
         return self.cpu_data.data_ptr()
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> CudaTensor:
+        if id(self) not in memo:
+            made = CudaTensor(self.cpu_data.clone())
+            is_parameter = isinstance(self, torch.nn.Parameter)
+            memo[id(self)] = torch.nn.Parameter(made, self.requires_grad) if is_parameter else made
+        return memo[id(self)]
+
     def tolist(self) -> Any:  # torch has none for subclasses
         if self.numel():
             note("tolist")
@@ -233,7 +240,7 @@ def register() -> None:
         func = getattr(getattr(aten, packet), overload or "default")
 
         def make(*args: Any, **kwargs: Any) -> Tensor:
-            rules.check_generator(full, kwargs.pop("generator", None))
+            rules.check_generator(full, kwargs.get("generator"))
             kwargs |= {"device": CPU, "pin_memory": None}
             return CudaTensor(func(*args, **kwargs))
 
