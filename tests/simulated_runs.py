@@ -195,7 +195,7 @@ class Cases:
         from training import cli, config
 
         sections: dict[str, Any] = {**LORA, "sample": SAMPLE, "train": {**TRAIN, "images": 2}}
-        asked = adapting.config("sd", self.root, "command_line", **sections)
+        asked = adapting.config(FAMILIES["pixart"], self.root, "command_line", **sections)
         (self.root / "command.yaml").write_text(config.dump(asked))
         drawn = self.root / "drawn.png"
         sample = [asked.base, "a red box", "--lora", asked.output_dir, "--steps", "2", "-n", "2", "-o", str(drawn)]
@@ -277,15 +277,15 @@ def main(folder: Path, names: list[str]) -> None:
     device.register()
     torch.set_num_threads(1)
     from tests import adapting  # with all that is heavy
-    from training import arithmetic, base, preflight, sizes  # noqa: F401
+    from training import arithmetic, conditioning, preflight, sizes  # noqa: F401
     from training.evaluate import report
     from training.tasks import diffusion
 
     # What is no work of the device: the report's page, operations counted and bases checked on the meta device.
     report.write_report = lambda *a, **k: None
     arithmetic.training_flops, sizes.network_of = lambda *a: None, lambda config: ()
-    base.check_conditioning = lambda *a: None
-    diffusion.PROBED = 4  # rows whose loss is followed
+    conditioning.check_conditioning = lambda *a: None
+    diffusion.PROBED, diffusion.LEVELS = 16, 1  # rows whose loss is followed, and at how many times: one call for all
     adapting.base("sd", folder)
     gc.freeze()  # a run ends with a full collection, which need not look at all modules
     watch_steady_steps()
