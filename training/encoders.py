@@ -152,7 +152,8 @@ def encode_captions(text: TextEncoder, captions: Sequence[str], policy: str, nul
         if (x := getattr(cond, name)) is not None:
             x = x.unflatten(0, (len(parts), most))  # (B, K, …)
             found[name] = torch.where(drop.view(-1, *[1] * (x.ndim - 1)), getattr(null, name), x)
-    return Cond(**joined(found, counts.to(drop.device).where(~drop, 1), text.max_length)).to(torch.float32)
+    counts = counts.to(drop.device, non_blocking=True)  # the host has no need to wait for the device here
+    return Cond(**joined(found, counts.where(~drop, 1), text.max_length)).to(torch.float32)
 
 
 def weights_hash(*modules: nn.Module) -> str:

@@ -206,11 +206,13 @@ class TextEncoder(nn.Module):
             mask: (B, L) of pixart's tokens, 0 at the padding.
             empty_tokens: the zeros of sd3 without T5.
         """
-        ids = tuple(x.to(model.device) for x, (_, model) in zip(ids, self.towers().values(), strict=True))
+        towers = self.towers().values()
+        # Without waiting for what the device still has to do: a text encoder may run in each step of a training.
+        ids = tuple(x.to(model.device, non_blocking=True) for x, (_, model) in zip(ids, towers, strict=True))
         if self.family == "sd":
             return Cond(tokens=self.model(ids[0]).last_hidden_state)  # (B, L, D)
         if self.family == "pixart":
-            seen = torch.ones_like(ids[0]) if mask is None else mask.to(ids[0].device)
+            seen = torch.ones_like(ids[0]) if mask is None else mask.to(ids[0].device, non_blocking=True)
             tokens = self.model(ids[0], attention_mask=seen).last_hidden_state  # (B, L, D)
             return Cond(tokens=tokens, bias=tokens.new_zeros(seen.shape).masked_fill(seen == 0, -math.inf))
 

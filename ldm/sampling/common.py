@@ -43,7 +43,9 @@ def noise_like(x: Tensor, generator: Generators = None) -> Tensor:
     if generator is None:
         return torch.randn_like(x)
     if isinstance(generator, torch.Generator):
-        return torch.randn(x.shape, generator=generator, dtype=x.dtype, device=generator.device).to(x.device)
+        drawn = torch.randn(x.shape, generator=generator, dtype=x.dtype, device=generator.device)
+        # Drawn on the host, it goes without waiting for the device, which has the step before to do still.
+        return drawn.to(x.device, non_blocking=drawn.device.type == "cpu")
     if len(generator) != x.shape[0]:
         raise ValueError(f"{len(generator)} generators for {x.shape[0]} rows; expected one for all or one for each")
     return torch.cat([noise_like(row, g) for row, g in zip(x.split(1), generator, strict=True)])
