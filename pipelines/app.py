@@ -16,8 +16,23 @@ if TYPE_CHECKING:
 
 CSS = """
 footer { display: none !important }
+#header h1 { font-size: 1.4rem; font-weight: 600; margin: 0 }
+#header p { color: var(--body-text-color-subdued); margin: 0 }
+#main { display: grid; gap: 1rem; align-items: start;
+  grid-template: "ask results" auto "options results" 1fr / minmax(22rem, 2fr) minmax(0, 3fr) }
+#ask { grid-area: ask; min-width: 0 }
+#results { grid-area: results; min-width: 0 }
+#options { grid-area: options; min-width: 0 }
+@media (max-width: 800px) {
+  #main { grid-template: "ask" "results" "options" / minmax(0, 1fr) }
+  #ask .tab-container button { padding: 0 .4rem }  /* three tabs fit on a phone */
+  #gallery { --columns: 2 }
+}
 #status progress { width: 100%; height: .8rem; accent-color: #ea580c }
 #status img { height: 12rem; max-width: 100%; object-fit: contain; display: block; margin: .6rem auto }
+#gallery .grid-wrap { height: auto; min-height: 12rem; max-height: none }
+#gallery .grid-container { grid-template-columns: repeat(var(--columns, 3), minmax(0, 1fr)) }
+#gallery .grid-container:has(> :only-child) { grid-template-columns: minmax(0, 28rem) }
 """
 
 
@@ -50,7 +65,7 @@ def serve(
     from .app_page import build
 
     page = build(studio, title=title, waiting=waiting)
-    pictures, temp = studio.pictures.resolve(), (out / "temp").resolve()
+    pictures, temp = studio.pictures, (out / "temp").resolve()
     names = ["localhost", "127.0.0.1", "::1", host] if is_loopback(host) and password is None else None
 
     def let_in(name: str, given: str) -> bool:

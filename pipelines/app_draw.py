@@ -55,7 +55,8 @@ class Studio:
         max_side: int = 2048,
         max_pictures: int = 8,
     ):
-        self.pipe, self.pictures, self.loras, self.model = pipe, pictures, dict(loras or {}), model
+        self.pipe, self.loras, self.model = pipe, dict(loras or {}), model
+        self.pictures = pictures.resolve()  # the page's server gives out files by absolute names alone
         self.limits = Limits(
             pipe.vae.factor, tuple(SAMPLERS), tuple(self.loras), max_side=max_side, max_pictures=max_pictures
         )
@@ -64,7 +65,7 @@ class Studio:
         self.size = pipe.parts.size  # height, width
         self._loaded: dict[str, str] = {}
         self._one_at_a_time = threading.Lock()
-        pictures.mkdir(parents=True, exist_ok=True)
+        self.pictures.mkdir(parents=True, exist_ok=True)
         pipe.set_progress_bar_config(disable=True)
 
     def draw(

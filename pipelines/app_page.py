@@ -20,7 +20,8 @@ from .picture_files import read_settings
 log = logging.getLogger(__name__)
 SLOTS = 4  # LoRA that can act together
 HISTORY = 60  # pictures that the gallery keeps in sight; the files all stay
-STOPPED = "async () => { await new Promise(r => setTimeout(r, 300)); return '<div>stopped</div>' }"  # the last word
+# The delay lets the last progress message arrive first.
+CANCELLED = "async () => { await new Promise(r => setTimeout(r, 300)); return '<div>cancelled</div>' }"
 DAY = 24 * 3600  # seconds, after which what was uploaded goes
 
 
@@ -30,8 +31,9 @@ def build(studio: Studio, *, title: str = "", waiting: int = 8) -> gr.Blocks:
     with gr.Blocks(title=title or "ldm", analytics_enabled=False, delete_cache=(DAY, DAY), fill_width=True) as page:
         drawn = gr.State([])  # (file, its settings) of this visitor, the newest first; kept here, never in the browser
         chosen = gr.State(None)
-        with gr.Row():
-            with gr.Column(scale=2, min_width=360):
+        gr.HTML(_header(studio, title), elem_id="header")
+        with gr.Row(elem_id="main"):
+            with gr.Column(elem_id="ask"):
                 prompt = gr.Textbox(label="Prompt", lines=2, elem_id="prompt", autofocus=True)
                 negative = gr.Textbox(label="Negative prompt", lines=1, elem_id="negative")
                 with gr.Tabs():
@@ -56,7 +58,16 @@ def build(studio: Studio, *, title: str = "", waiting: int = 8) -> gr.Blocks:
                         bound_editor(editor, kept=waiting + 8)
                         inpaint_strength = _strength("inpaint", 1.0)
                         inpaint = gr.Button("Draw the painted part", variant="primary", elem_id="draw_inpaint")
-                cancel = gr.Button("Cancel", variant="stop", elem_id="cancel")
+                cancel = gr.Button("Cancel", size="sm", interactive=False, elem_id="cancel")
+            with gr.Column(elem_id="results"):
+                status = gr.HTML(_told(""), elem_id="status")
+                gallery = gr.Gallery(
+                    label="Pictures", columns=3, object_fit="contain", interactive=False,
+                    type="filepath", buttons=["download", "fullscreen"], elem_id="gallery",
+                )  # fmt: skip
+                details = gr.JSON(label="Settings of the picture", visible=False, elem_id="details")
+                reuse = gr.Button("Use these settings", visible=False, elem_id="reuse")
+            with gr.Column(elem_id="options"):
                 with gr.Accordion("Settings", open=True):
                     with gr.Row():
                         own = ("default", "")  # what the folder's scheduler stands for
@@ -67,27 +78,24 @@ def build(studio: Studio, *, title: str = "", waiting: int = 8) -> gr.Blocks:
                         )
                     with gr.Row():
                         seed = _whole("Seed", 0, "seed")
-                        random_seed = gr.Checkbox(False, label="Random seed", min_width=80, elem_id="random")
                         pictures = _whole("Pictures", 1, "pictures")
+                        random_seed = gr.Checkbox(False, label="Random seed", min_width=80, elem_id="random")
                     with gr.Row():
                         wide = _whole("Width", width, "width", limits.factor)
                         high = _whole("Height", height, "height", limits.factor)
                     weighting = gr.Checkbox(
-                        False, label="Weights: (word:1.3) counts more, [word] less", elem_id="weighting"
+                        False,
+                        label="Weights: (word:1.3) counts more, [word] less",
+                        elem_id="weighting",
                     )
                 lora_fields = _lora_fields(limits.loras)
                 with gr.Accordion("Repeat a picture", open=False):
                     again = gr.File(
-                        label="A PNG from here fills the fields", file_types=[".png"], type="filepath", elem_id="again"
+                        label="A PNG from here fills the fields",
+                        file_types=[".png"],
+                        type="filepath",
+                        elem_id="again",
                     )
-            with gr.Column(scale=3, min_width=360):
-                status = gr.HTML(_told(""), elem_id="status")
-                gallery = gr.Gallery(
-                    label="Pictures", columns=3, object_fit="contain", interactive=False, type="filepath",
-                    buttons=["download", "fullscreen"], elem_id="gallery",
-                )  # fmt: skip
-                details = gr.JSON(label="Settings of the picture", visible=False, elem_id="details")
-                reuse = gr.Button("Use these settings", visible=False, elem_id="reuse")
 
         form = [
             prompt,
@@ -108,6 +116,8 @@ def build(studio: Studio, *, title: str = "", waiting: int = 8) -> gr.Blocks:
         one_job: dict[str, Any] = dict(
             concurrency_limit=1, concurrency_id="device", show_progress="hidden", api_visibility="private"
         )
+        for button in (draw, redraw, inpaint):  # before the jobs: a button's events run in this order
+            button.click(None, None, [cancel], js=_interactive(True))
         jobs: list[Any] = [
             button.click(function, [drawn, *extra, *form], shown, **one_job)
             for button, function, extra in (
@@ -117,14 +127,30 @@ def build(studio: Studio, *, title: str = "", waiting: int = 8) -> gr.Blocks:
             )
         ]
         quick: dict[str, Any] = dict(concurrency_limit=4, show_progress="hidden", api_visibility="private")
+        for job in jobs:
+            job.then(None, None, [cancel], js=_interactive(False))  # also where the job failed
         cancel.click(None, cancels=jobs)
-        cancel.click(None, None, [status], js=STOPPED)  # in the browser: a queue that is full is no matter
+        # In the browser, so that it works where the queue is full.
+        cancel.click(None, None, [status], js=CANCELLED)
+        cancel.click(None, None, [cancel], js=_interactive(False))
         fields = [*form, strength, inpaint_strength]
         gallery.select(page_of.look, [drawn], [chosen, details, reuse], **quick)
         reuse.click(page_of.reuse, [chosen, *lora_fields], fields, **quick)
         again.upload(page_of.repeat, [again, *lora_fields], fields, **quick)
     page.queue(max_size=waiting, api_open=False)
     return page
+
+
+def _header(studio: Studio, title: str) -> str:
+    """The model's name, and what kind of model it is."""
+    height, width = studio.size
+    about = f"{type(studio.pipe.net).__name__}, {width} × {height} pixels"
+    return f"<h1>{html.escape(title)}</h1><p>{html.escape(about)}</p>"
+
+
+def _interactive(value: bool) -> str:
+    """JavaScript that enables or disables a button without a request to the server."""
+    return f"() => ({{__type__: 'update', interactive: {str(value).lower()}}})"
 
 
 def _whole(label: str, value: int, name: str, step: int = 1) -> gr.Number:

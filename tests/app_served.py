@@ -23,15 +23,16 @@ PASSWORD = "correct horse"
 
 @contextmanager
 def served(folder: Path, **options: Any) -> Iterator[tuple[Any, Studio, Path]]:
-    """(page, studio, the folder that it may write to)."""
+    """(page, studio, the folder that it may write to); the page gets a relative path, as by default."""
     before, temporary = {name: os.environ.get(name) for name in KEPT}, tempfile.tempdir
     stock = families.sd()
     file = LoraFile({"unet": lora_made.layers(stock.unet, lora_made.UNET)})
     write_lora(folder / "loras" / "style.safetensors", file, "diffusers", base="sd15", names={})
     out = folder / "out"
+    relative = Path(os.path.relpath(out))
     pipe = TextToImagePipeline.from_diffusers(stock)
-    studio = Studio(pipe, out / "pictures", find_loras(folder / "loras"), model="tiny")
-    page = serve(studio, out, title="tiny", **options)
+    studio = Studio(pipe, relative / "pictures", find_loras(folder / "loras"), model="tiny")
+    page = serve(studio, relative, title="tiny", **options)
     try:
         yield page, studio, out
     finally:

@@ -51,6 +51,9 @@ class Visitor:
     def status(self) -> str:
         return self.all("#status")[0].text
 
+    def enabled(self, name: str) -> bool:
+        return self.all(f"button#{name}")[0].is_enabled()
+
     def sources(self) -> list[str]:
         return [x.get_attribute("src") for x in self.all("#gallery img")]
 
@@ -82,6 +85,8 @@ def visitor(site: Visitor) -> Visitor:
 def test_a_prompt_becomes_a_picture_and_a_seed_repeats_it(visitor: Visitor):
     visitor.put("prompt", "a red apple")
     first = visitor.drawn()
+    width = "return document.querySelector('#gallery img').naturalWidth"
+    assert wait(lambda: visitor.driver.execute_script(width)) == 16  # the browser shows it
     assert first.shape == (16, 16, 3) and first.std() > 5  # not blank
     visitor.put("seed", 1)
     other = visitor.drawn()
@@ -97,13 +102,16 @@ def test_a_long_one_is_shown_as_it_grows_and_can_be_cancelled(visitor: Visitor):
     visitor.put("prompt", "zebra")
     visitor.put("steps", 900)
     before = len(list(visitor.studio.pictures.iterdir()))
+    assert not visitor.enabled("cancel")
     with slowed(visitor.studio, 0.02) as calls:  # 18 seconds, if nobody stops it
         visitor.press("draw")
+        wait(lambda: visitor.enabled("cancel"))
         shown = wait(lambda: visitor.all("#status img")[0].get_attribute("src"))
         assert np.asarray(Image.open(io.BytesIO(base64.b64decode(shown.split(",")[1])))).std() > 5
         assert float(wait(lambda: visitor.all("#status progress")[0].get_attribute("value"))) > 0
         visitor.press("cancel")
-        wait(lambda: "stopped" in visitor.status())
+        wait(lambda: "cancelled" in visitor.status())
+        assert not visitor.enabled("cancel")
         time.sleep(0.5)
         called = len(calls)
         time.sleep(0.5)
@@ -214,6 +222,21 @@ def test_the_page_needs_no_network(site: Visitor):
     assert len(asked) > 20 and {x for x in asked if not x.startswith(site.page.local_url)} == set()
     policy = [x["message"] for x in site.driver.get_log("browser") if "Content Security Policy" in x["message"]]
     assert policy == []
+
+
+def test_on_a_phone_the_result_follows_the_button_and_all_tabs_show(site: Visitor):
+    size = {"width": 390, "height": 844, "deviceScaleFactor": 1, "mobile": True}
+    site.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    try:
+        site.open()
+        tabs = [x.text for x in site.all("button[role=tab]") if x.is_displayed()]
+        assert tabs == ["Text to image", "Image to image", "Inpaint"]
+        top = {name: site.all(f"#{name}")[0].location["y"] for name in ("draw", "gallery", "steps")}
+        assert top["draw"] < top["gallery"] < 700 < top["steps"]
+        width = site.driver.execute_script("return document.documentElement.scrollWidth")
+        assert width <= 390  # nothing hangs over the edge
+    finally:
+        site.driver.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
 
 
 def test_a_password_opens_the_page(tmp_path: Path):

@@ -78,23 +78,13 @@ def test_the_command_serves_a_folder_until_it_is_told_to_end(tmp_path: Path):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     code = "import sys; sys.argv = ['ldm', *sys.argv[1:]]; from training.cli import main; main()"
-    command = [
-        sys.executable,
-        "-c",
-        code,
-        "app",
-        str(tmp_path / "model"),
-        "--out",
-        str(tmp_path / "out"),
-        "--port",
-        f"{port}",
-    ]
+    command = [sys.executable, "-c", code, "app", "model", "--port", f"{port}"]
     running = subprocess.Popen(
         command,
-        env={**os.environ, PASSWORD: "correct horse"},
+        env={**os.environ, PASSWORD: "correct horse", "PYTHONPATH": str(Path.cwd())},
         stdout=subprocess.PIPE,
         text=True,
-        cwd=Path.cwd(),
+        cwd=tmp_path,
         preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),  # a shell's background job ignores it
     )
     try:
@@ -108,6 +98,7 @@ def test_the_command_serves_a_folder_until_it_is_told_to_end(tmp_path: Path):
         assert "correct horse" not in Path(f"/proc/{running.pid}/cmdline").read_text()
         with pytest.raises(urllib.error.HTTPError, match="401"):
             urllib.request.urlopen(f"http://127.0.0.1:{port}/config", timeout=20)
+        assert (tmp_path / "outputs/app/pictures").is_dir()  # the default --out, from where it was started
     finally:
         running.send_signal(signal.SIGINT)
         running.wait(timeout=30)

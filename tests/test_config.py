@@ -228,6 +228,8 @@ def test_files_that_are_no_config(tmp_path: Path):
         (b"- a\n- b\n", "expected `key: value` lines, found list"),
         (b"", "expected `key: value` lines, found NoneType"),
         (b"!!python/object:os.system {}", "not valid YAML"),
+        (b"task: clip\ntrain: {images: 8}\n\ntrain: {seed: 1}\n", "`train` stands twice, in lines 2 and 4"),
+        (b"task: clip\ntrain:\n  images: 8\n  images: 9\n", "`images` stands twice, in lines 3 and 4"),
     ]:
         file.write_bytes(content)
         with pytest.raises(ConfigError, match=rf"x\.yaml: {message}"):

@@ -277,6 +277,9 @@ UNKNOWN = "lora_unet_down_blocks_0_wings_0_to_q"
         ({A: DOWN, B: UP, f"unet.{Q}.alpha": torch.ones(2)}, "is (2,), expected one number"),
         ({"x.lora_A.weight": DOWN, "x.lora_B.weight": UP}, "x: no component is named"),
         ({}, "no LoRA in it: the file holds no tensor"),
+        ({A: DOWN, B: UP.clone().fill_(float("nan"))}, f"{B} holds NaN or Inf"),
+        ({A: DOWN.half() * 1e6, B: UP.half()}, f"{A} holds NaN or Inf"),
+        ({A: DOWN, B: UP, f"unet.{Q}.alpha": torch.tensor(float("inf"))}, "alpha holds NaN or Inf"),
     ],
 )  # fmt: skip
 def test_what_is_no_lora_is_refused(state: dict, said: str, tmp_path: Path):

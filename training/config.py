@@ -23,7 +23,19 @@ _TASKS = {
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.2's floats and booleans: 1e-4 is a number, `no` a word."""
+    """YAML 1.2's floats and booleans: 1e-4 is a number, `no` a word. A key that stands twice in one
+    section is refused: PyYAML keeps the second and drops the first without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        lines: dict[Any, int] = {}
+        for key_node, _ in node.value:
+            if not isinstance(key_node, yaml.ScalarNode) or key_node.tag == "tag:yaml.org,2002:merge":
+                continue
+            key, line = self.construct_object(key_node), key_node.start_mark.line + 1
+            if key in lines:
+                raise ConfigError(f"`{key}` stands twice, in lines {lines[key]} and {line}; join them")
+            lines[key] = line
+        return super().construct_mapping(node, deep)
 
 
 class Dumper(yaml.SafeDumper):
@@ -57,6 +69,8 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         raise ConfigError(f"{path}: no such config file; `ldm init` lists those that come with the package")
     try:
         raw = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not valid YAML: {error}") from error
     if not isinstance(raw, dict):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -113,7 +114,7 @@ def _layers(found: Found, names: Names | None, read: Callable[[str], Tensor]) ->
     places: dict[tuple[str, str], str] = {}
     whole: dict[str, dict[str, tuple[Layer, str, bool]]] = {}  # component: module: layer, its key, has an alpha
     for stem, tensors in keys.items():
-        layer = _layer(stem, tensors, read)
+        layer = _layer(stem, tensors, partial(_finite, read))
         if not is_kohya(stem):
             component, module = stock_place(stem, found.component)
             modules, parts = (module,), [layer]
@@ -180,6 +181,14 @@ def _layer(stem: str, tensors: Mapping[str, str], read: Callable[[str], Tensor])
         return Layer(down, up, float(alpha), magnitude)
     except ValueError as error:
         raise ValueError(f"{stem}: {error}") from error
+
+
+def _finite(read: Callable[[str], Tensor], key: str) -> Tensor:
+    """Raises ValueError where a tensor that has values (device meta has none) holds NaN or Inf."""
+    tensor = read(key)
+    if tensor.device.type != "meta" and not tensor.float().isfinite().all():
+        raise ValueError(f"{key} holds NaN or Inf: the training diverged, or the file is damaged")
+    return tensor
 
 
 def _scaled(found: Found, component: str, layers: Mapping[str, tuple[Layer, str, bool]]) -> Component:
