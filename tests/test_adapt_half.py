@@ -25,7 +25,8 @@ KINDS: dict[str, dict[str, Any]] = {
     "dora": {"lora": {"rank": 2, "use_dora": True}},
     "text encoder": {"lora": {"rank": 2}, "train_text_encoder": True},
     "textual inversion": {
-        "train_denoiser": False, "new_tokens": [{"token": "toy_thing"}],
+        "train_denoiser": False,
+        "new_tokens": [{"token": "toy_thing"}],
         "data": {"instance_prompt": "a toy_thing"},
     },
 }

@@ -107,8 +107,8 @@ def _halved(_player: Player, _batch: Batch, _images: int, accelerator: Accelerat
         return "set train.gradient_checkpointing: 1, or lower data.resolution"
     steps = config.gradient_accumulation_steps * math.ceil(config.batch_size / half)
     return (
-        f"try half, train.batch_size: {half} with train.gradient_accumulation_steps: {steps} (as many images in a step), "
-        "or set train.gradient_checkpointing: 1"
+        f"try half, train.batch_size: {half} with train.gradient_accumulation_steps: {steps} "
+        "(as many images in a step), or set train.gradient_checkpointing: 1"
     )
 
 
@@ -123,9 +123,9 @@ def parted(batch: Batch, pieces: int) -> list[Batch]:
 # --- memory ---------------------------------------------------------------------------------------------------------
 
 
-# What libraries say beside torch's own class of error: CUDA ("CUDA error: out of memory"), HIP, MPS, Triton and NCCL
-# ("Cuda failure 2 'out of memory'"), the CPU's allocator, cuBLAS's, cuDNN's and cuSOLVER's statuses, and what cuDNN says
-# where the workspace of every algorithm is too large.
+# What libraries say beside torch's own class of error: CUDA ("CUDA error: out of memory"), HIP,
+# MPS, Triton and NCCL ("Cuda failure 2 'out of memory'"), the CPU's allocator, the statuses of
+# cuBLAS, cuDNN and cuSOLVER, and what cuDNN says where the workspace of every algorithm is too large.
 NO_MEMORY = re.compile(
     r"out of memory|not enough memory|can(no|')t allocate memory|_ALLOC(ATION)?_FAILED|Failed to CUDA [cm]alloc"
     r"|CUDNN_STATUS_NOT_SUPPORTED|[Uu]nable to find (a valid cuDNN algorithm|an engine to execute)",
