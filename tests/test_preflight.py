@@ -26,7 +26,7 @@ from training.cache import make_cache
 from training.fit import ConfigError
 from training.guards import STOPS
 from training.preflight import DoesNotFit, cached, report
-from training.rehearsal import Timed, times_due
+from training.rehearsal import Rehearsal, Timed, times_due
 from training.run import open_data, train_all
 from training.sizes import network_of, sizes
 from training.tasks import autoencoder, clip, diffusion
@@ -170,8 +170,9 @@ def test_a_run_on_one_that_is_not_made_is_no_refusal(tmp_path: Path, data: Path,
 
 
 @pytest.mark.parametrize("world", [1, 8])
-def test_gradients_travel_in_buckets(world: int, tmp_path: Path, data: Path, parts: Path):
+def test_gradients_travel_in_buckets(world: int, tmp_path: Path, data: Path, parts: Path, monkeypatch):
     """DDP holds each of them a second time."""
+    monkeypatch.setattr("training.preflight.rehearse", lambda *a: Rehearsal(1.0, 1.0, 0))
     config = small("unet", tmp_path / "run", data, parts, train={"processes": world})
     with torch.device("meta"):
         trained, _ = parameters(network_of(config)[0]())

@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch.distributed as dist
 from accelerate import Accelerator
@@ -57,7 +58,8 @@ class _Watch:
         self.name = f"process {accelerator.process_index} on {socket.gethostname()}"
         self.error, self.read = f"ldm/{number}/error", f"ldm/{number}/read"
         # A client of its own: the main thread's is locked while it waits for the peers of a collective.
-        self.store = dist.distributed_c10d._get_default_store().clone()
+        store: Any = dist.distributed_c10d._get_default_store()
+        self.store = store.clone()
         self.message: str | None = None  # another process's
         self.lock, self.stop = threading.Lock(), threading.Event()
         self.thread = threading.Thread(target=self._look, name="fail together", daemon=True)
