@@ -234,6 +234,20 @@ def test_half_precision_does_not_round_what_goes_in(precision: str, inner: torch
     assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in module.parameters())
 
 
+def test_half_weights_that_are_frozen_share_a_unit_with_what_trains(one_process):
+    """As a LoRA on a bf16 base: frozen weights stay as they are, what trains is float32."""
+    module = Timed().bfloat16()
+    for layer in module.layers:
+        layer.weight.requires_grad_(False)
+    expected = [p.clone() for p in module.parameters()]
+    processes.share_out(module, mesh=torch.distributed.init_device_mesh("cpu", (1,)))
+    for p, q in zip(module.parameters(), expected, strict=True):
+        assert p.full_tensor().equal(q) and p.dtype == (torch.float32 if p.requires_grad else torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16):
+        module(torch.tensor([1.0, 2.0])).float().sum().backward()
+    assert [p.grad.dtype for p in module.parameters() if p.requires_grad] == [torch.float32] * 2
+
+
 def test_a_shared_out_module_is_whole_for_a_while(one_process):
     """Plain, with the weights of that moment, and shared out again afterwards with its own."""
     module = Timed()
