@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -25,6 +25,7 @@ from .loader import Batch, Feed
 from .optim import Guarded
 from .processes import Pulse, all_or_none, lost_peer
 from .schema import Train
+from .stragglers import StepTimes
 
 __all__ = ["Batch", "Diverged", "Interrupted", "OutOfMemory", "Player", "Task", "train", "whole"]
 
@@ -121,7 +122,8 @@ def train(
         RuntimeError: another process is dead or stuck, and which.
         OSError: a checkpoint cannot be written; the older ones are whole.
     """
-    players, root, main = task.players, run / "checkpoints", accelerator.is_main_process
+    times, root, main = StepTimes(accelerator), run / "checkpoints", accelerator.is_main_process
+    players = [replace(player, loss=times.watch(player.loss)) for player in task.players]
     clock = _clock(task.rows, seed, config.batch_size)
     start = checkpoint.chosen(root, resume)
     now = state.restored(players, start, inputs, clock, accelerator, seed)
@@ -167,7 +169,10 @@ def train(
     ):
         while now.images < config.images:
             pulse.at("loading pictures")
-            micros = [next(batches) for _ in range(config.gradient_accumulation_steps)]
+            with times.loading():
+                micros = [next(batches) for _ in range(config.gradient_accumulation_steps)]
+            pulse.at("waiting for the pictures of the others")
+            times.meet()
             rows = torch.cat([micro["row"] for micro in micros])
             pieces = [piece for micro in micros for piece in parted(micro, now.pieces)]
             moved: dict[str, tuple[Tensor, Tensor]] = {}
@@ -176,6 +181,7 @@ def train(
                     continue
                 pulse.at(f"training {player.name}")
                 loss, pieces = gradients(player, pieces, now.images, accelerator, config, window)
+                times.reduced()
                 norm, skipped = player.optimizer.step()
                 player.ema.update(player.optimizer.steps - 1, now.images + per_step, skipped)
                 window.add({f"{player.name}_grad_norm": norm}, accelerator.num_processes)
@@ -183,13 +189,16 @@ def train(
             now.pieces = max(now.pieces, len(pieces) // len(micros))
             before, now.images, now.steps = now.images, now.images + per_step, now.steps + 1
             asked = watchman.look(before, bool(told), rows, moved)
+            times.stepped()
             if now.images >= config.images or due(config.checkpoint_every):
                 asked |= watchman.settle()
             if due(config.log_every):
                 means = window.means(accelerator)
                 speed = (now.images - images_start) / (time.perf_counter() - clock_start)
                 timed = {"images_per_second": speed, **measure.work(flops, speed, accelerator)}
-                journal.write(now.images, {**means, "lr": players[0].optimizer.lr, **timed})
+                waits, by_process = times.read()
+                journal.write(now.images, {**means, "lr": players[0].optimizer.lr, **timed, **waits})
+                journal.write_waits(now.images, by_process)
                 show(now.images, means, speed)
                 window = Window()
             for player in players if main or split else ():
