@@ -23,7 +23,7 @@ from .guards import Diverged, Interrupted, Stages, StopSignals, Watchman
 from .journal import Journal, Window
 from .loader import Batch, Feed
 from .optim import Guarded
-from .processes import Pulse, all_or_none, lost_peer
+from .processes import LostProcess, Pulse, agreed, all_or_none, lost_peer
 from .schema import Train
 from .stragglers import StepTimes
 
@@ -119,13 +119,13 @@ def train(
         Diverged: too many steps in a row without a finite gradient or with a spike; the rows are named.
         OutOfMemory: a step does not fit; what would fit is named.
         CheckpointError: the checkpoint is damaged or belongs to other inputs.
-        RuntimeError: another process is dead or stuck, and which.
+        LostProcess: another process is dead or stuck, and which.
         OSError: a checkpoint cannot be written; the older ones are whole.
     """
     times, root, main = StepTimes(accelerator), run / "checkpoints", accelerator.is_main_process
     players = [replace(player, loss=times.watch(player.loss)) for player in task.players]
     clock = _clock(task.rows, seed, config.batch_size)
-    start = checkpoint.chosen(root, resume)
+    start = agreed(lambda: checkpoint.chosen(root, resume), accelerator)
     now = state.restored(players, start, inputs, clock, accelerator, seed)
     if start is not None and resume != "auto" and main:
         checkpoint.set_aside(root, now.images)
@@ -223,7 +223,7 @@ def train(
                 pulse.at("saving")
                 save(best)
             if asked and now.images < config.images:
-                saver.wait()
+                _written(saver, accelerator)
                 journal.say(
                     f"stopped at {now.images} images, all is saved; the same command goes on from here "
                     f"(or: ldm train {run}/config.yaml)"
@@ -267,6 +267,16 @@ def _best(measures: dict[str, float], config: Train, now: state.Progress) -> dic
     return {"metric": metric, "value": value, "images": now.images}
 
 
+def _written(saver: checkpoint.Saver, accelerator: Accelerator) -> None:
+    """Nobody leaves before the checkpoint is on the disk: a launcher ends the others when the first has left."""
+    error = None
+    try:
+        saver.wait()
+    except OSError as caught:
+        error = caught
+    all_or_none(error, accelerator)
+
+
 @contextmanager
 def _naming_the_lost(pulse: Pulse) -> Iterator[None]:
     """A collective that breaks off says which process it missed."""
@@ -274,5 +284,5 @@ def _naming_the_lost(pulse: Pulse) -> Iterator[None]:
         yield
     except RuntimeError as error:
         if pulse.world > 1 and lost_peer(error):
-            raise RuntimeError(f"{pulse.missing(wait=True)} ({str(error).splitlines()[0]})") from error
+            raise LostProcess(f"{pulse.missing(wait=True)} ({str(error).splitlines()[0]})") from error
         raise

@@ -163,6 +163,9 @@ def train_one(config: Config, train_rows: Any, test_rows: Any, resume: str | Pat
     measure.reset_peak(accelerator.device)
     torch.manual_seed(config.seed)
     run.mkdir(parents=True, exist_ok=True)
+    processes.check_shared(run, "output_dir", accelerator)
+    if isinstance(config, LatentRun) and config.cache.dir:
+        processes.check_shared(Path(config.cache.dir), "cache.dir", accelerator)
     if main:
         log.info(
             "%s: %s on %s (%d held out), %s%s, %s",
@@ -203,7 +206,7 @@ def cache_all(configs: Sequence[Config]) -> None:
         ConfigError: none of them is a diffusion config, or what they build on is missing.
     """
     from . import processes
-    from .cache import make_cache
+    from .cache import make_cache, root_of
     from .preflight import precision
 
     wanted = [config for config in configs if isinstance(config, LatentRun) and not config.data.streaming]
@@ -213,6 +216,7 @@ def cache_all(configs: Sequence[Config]) -> None:
     opened = [open_data(config, configs) for config in wanted]
     for config, rows in zip(wanted, opened, strict=True):
         accelerator = processes.started(config.train, precision(config.train.mixed_precision))
+        processes.check_shared(root_of(config), "cache.dir", accelerator)
         with _in_one_line():
             made = make_cache(config, *rows, accelerator)
         if accelerator.is_main_process:
