@@ -37,7 +37,7 @@ def main() -> None:
                 os.kill(os.getpid(), signal.SIGKILL)
             if what == "agent" and rank == who:
                 os.kill(os.getppid(), signal.SIGKILL)
-            time.sleep(3)  # until the heartbeat has noticed
+                time.sleep(8)  # until its heartbeat has noticed and asked for a stop
 
         accelerator = processes.started(settings(**how.get("config", {})), "no")
         if "unshared" in how:

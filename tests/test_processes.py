@@ -200,6 +200,12 @@ def test_a_mean_over_unequal_parts():
         ({"WORLD_SIZE": "2"}, {}, r"WORLD_SIZE=2, but 1 processes train together"),
         ({"MASTER_ADDR": "127.0.0.1", "ACCELERATE_MIXED_PRECISION": "no"}, {}, "for several processes and started one"),
         ({}, {"processes": 8}, r"train\.processes 8: 1 were started"),
+        ({"SLURM_STEP_NUM_TASKS": "8"}, {}, r"srun started 8 processes .*configs/cluster/slurm\.sh"),
+        ({"OMPI_COMM_WORLD_SIZE": "2"}, {}, "mpirun started 2 processes"),
+        (
+            {"TORCHELASTIC_MAX_RESTARTS": "3", "TORCHELASTIC_USE_AGENT_STORE": "True"}, {},
+            "set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1",
+        ),
         ({"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"}, {}, "would be counted twice"),
     ],
 )  # fmt: skip

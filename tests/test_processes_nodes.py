@@ -5,6 +5,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from training import checkpoint
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "1"]
 
+ELASTIC = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}  # else restarted workers meet the addresses of the dead ones
+
 
 def free_port() -> int:
     with socket.socket() as free:
@@ -25,14 +28,17 @@ def free_port() -> int:
         return free.getsockname()[1]
 
 
-def agent(node: int, port: int, runs: Sequence[dict[str, Any]], said: Path, *more: str) -> subprocess.Popen:
+def agent(node: int, port: int, runs: Sequence[dict[str, Any]], said: Path, nodes: str = "2") -> subprocess.Popen:
     """The command of one machine."""
     command = [
-        *TORCHRUN, "--nnodes", "2", "--node_rank", str(node), "--rdzv_backend", "c10d",
-        "--rdzv_endpoint", f"127.0.0.1:{port}", "--rdzv_id", "toy", *more, "-m", "tests.agents", json.dumps(runs),
+        *TORCHRUN, "--nnodes", nodes, "--node_rank", str(node), "--rdzv_backend", "c10d",
+        "--rdzv_endpoint", f"127.0.0.1:{port}", "--rdzv_id", "toy", "--max_restarts", "1",
+        "--rdzv_conf", "keep_alive_interval=1,keep_alive_max_attempt=3,last_call_timeout=3",
+        "-m", "tests.agents", json.dumps(runs),
     ]  # fmt: skip
+    place = environment() | ELASTIC | {"NODE": f"node{node}"}
     with said.open("a") as file:
-        return subprocess.Popen(command, env=environment() | {"NODE": f"node{node}"}, stderr=file, cwd=ROOT)
+        return subprocess.Popen(command, env=place, stderr=file, cwd=ROOT)
 
 
 def ends(process: subprocess.Popen, seconds: float = 120) -> int | None:
@@ -57,15 +63,15 @@ def test_two_agents_are_one_process_though_one_is_killed(tmp_path: Path):
     """DDP, in the middle of which the second agent is killed: its worker sees that and asks for a stop, the first agent
     waits for a second one, which is started again, and both go on; then FSDP2. Weights as of one process with the
     double batch. A folder that is another one on each machine is refused by both."""
-    config = {"log_every": 32, "timeout_minutes": 0.5}
-    how = {"dropout": 0.0, "config": config}
+    how = {"dropout": 0.0, "config": {"log_every": 32, "timeout_minutes": 0.25}}
     names = ("ddp", "fsdp2")
     runs = [{**how, "run": str(tmp_path / name), "share_out": name == "fsdp2"} for name in names]
     runs[0] |= {"kill": ("agent", 48, 1), "unshared": str(tmp_path / "node")}
     port, said = free_port(), [tmp_path / f"said.{node}" for node in range(2)]
-    agents = [agent(node, port, runs, said[node], "--max-restarts", "1") for node in range(2)]
+    agents = [agent(node, port, runs, said[node]) for node in range(2)]
     assert ends(agents[1]) == -signal.SIGKILL
-    agents[1] = agent(1, port, runs, said[1], "--max-restarts", "1")  # as whoever looks after the machines would
+    time.sleep(4)  # the rendezvous forgets it after 3
+    agents[1] = agent(1, port, runs, said[1])  # as whoever looks after the machines would
     assert [ends(process) for process in agents] == [0, 0], [file.read_text()[-3000:] for file in said]
     assert "the launcher is gone" in said[1].read_text()
     assert [about(tmp_path / "ddp", rank)["RANK"] for rank in range(2)] == ["0", "1"]
@@ -97,7 +103,7 @@ def test_a_worker_is_killed_and_the_agent_starts_all_again(tmp_path: Path):
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--max-restarts", "1",
         "-m", "tests.agents", json.dumps(runs),
     ]  # fmt: skip
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True, cwd=ROOT, timeout=200)
+    done = subprocess.run(command, env=environment() | ELASTIC, capture_output=True, text=True, cwd=ROOT, timeout=200)
     assert done.returncode == 0, done.stderr[-3000:]
     told = [about(run, rank) for rank in range(2)]
     assert [x["TORCHELASTIC_RESTART_COUNT"] for x in told] == ["1", "1"]

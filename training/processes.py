@@ -96,7 +96,9 @@ def check_launcher() -> None:
     """Refuse launches of which each process would train alone, all into one folder.
 
     ``accelerate launch --cpu --num_processes 2`` runs one process (accelerate#2741), and leaves a trace in the
-    environment; srun and mpirun start several without the variables that torch reads.
+    environment; srun and mpirun start several without the variables that torch reads. Refuse, too, restarts that would
+    hang: torchrun's store, which workers share by default, gives restarted ones the addresses of the dead ones, and a
+    machine that is replaced waits in it for ever (torch 2.13, dynamic_rendezvous.py).
 
     Raises:
         ConfigError: so it was.
@@ -105,6 +107,12 @@ def check_launcher() -> None:
         raise ConfigError(
             "accelerate launch was asked for several processes and started one; on a CPU use "
             "ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes N, or torchrun"
+        )
+    restarts = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")
+    if restarts != "0" and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        raise ConfigError(
+            f"torchrun --max_restarts {restarts}: restarted processes would not find each other in the store that "
+            "torchrun shares with them; set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 before torchrun, on each machine"
         )
     for name, launcher in STARTED.items():
         count = os.environ.get(name, "1")
@@ -322,7 +330,8 @@ class Pulse:
     Whether another one lives is seen by its file changing, so machines' clocks need not agree.
 
     A launcher's process whose launcher is gone (its machine's torchrun was killed) asks for a stop, as SIGTERM does:
-    nobody could end it any more, and a restarted job would train beside it.
+    nobody could end it any more, and a restarted job would train beside it. It does so after ``watch`` seconds: the
+    rendezvous of the other launchers must have forgotten the dead one before they meet again.
 
     Args:
         folder: RUN/log.
@@ -331,6 +340,7 @@ class Pulse:
 
     def __init__(self, folder: Path, accelerator: Accelerator, seconds: float):
         self.folder, self.seconds = folder, seconds
+        self.watch = min(5.0, max(2.0, seconds / 2)) + 1  # in which a living process changes its file
         self.accelerator = accelerator
         self.rank, self.world = accelerator.process_index, accelerator.num_processes
         self.count, self.what, self.moved = 0, "starting", time.monotonic()
@@ -385,9 +395,12 @@ class Pulse:
         return told
 
     def _beat(self) -> None:
+        with_launcher = time.monotonic()
         while not self.stop.wait(min(1.0, self.seconds / 10)):
             self._write()
-            if self.parent is not None and os.getppid() != self.parent:
+            if self.parent is None or os.getppid() == self.parent:
+                with_launcher = time.monotonic()
+            elif time.monotonic() - with_launcher > self.watch:
                 self.parent = None
                 print("ldm: the launcher is gone: the run saves and stops", file=sys.stderr, flush=True)
                 os.kill(os.getpid(), signal.SIGTERM)
@@ -402,7 +415,7 @@ class Pulse:
             wait: this process is in no collective any more, but waits for the others all the same.
         """
         self.waits = wait
-        before, limit = self._read(), time.monotonic() + min(5.0, max(2.0, self.seconds / 2)) + 1
+        before, limit = self._read(), time.monotonic() + self.watch
         while time.monotonic() < limit:
             self._write()  # the others look, too
             time.sleep(min(0.5, self.seconds / 10))
