@@ -114,3 +114,37 @@ def test_a_worker_is_killed_and_the_agent_starts_all_again(tmp_path: Path):
     assert one.name == two.name
     assert (one / checkpoint.MANIFEST).read_text() == (two / checkpoint.MANIFEST).read_text()
     assert logged(tmp_path / "whole") == logged(run)
+
+
+@pytest.mark.slow
+def test_one_of_two_machines_goes_on_alone(tmp_path: Path):
+    """--nnodes 1:2: the second agent is killed and does not come back. No image is left out and none seen twice."""
+    run, said = tmp_path / "run", [tmp_path / f"said.{node}" for node in range(2)]
+    config = {"log_every": 32, "timeout_minutes": 0.25}
+    port, runs = free_port(), [{"run": str(run), "config": config, "kill": ("agent", 48, 1)}]
+    agents = [agent(node, port, runs, said[node], "1:2") for node in range(2)]
+    assert [ends(process) for process in agents] == [0, -signal.SIGKILL], said[0].read_text()[-3000:]
+    told = about(run, 0)
+    assert (told["WORLD_SIZE"], told["seen"]) == ("1", list(range(64, 96)))
+    assert newest(run)[1]["world"] == 1
+
+
+@pytest.mark.slow
+def test_accelerate_starts_a_process_on_each_of_two_machines(tmp_path: Path):
+    config = {"log_every": 32}
+    runs, port = [{"run": str(tmp_path / "run"), "config": config}], free_port()
+    launch = [
+        sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines",
+        "2", "--main_process_ip", "127.0.0.1", "--main_process_port", str(port), "--mixed_precision", "no",
+        "--dynamo_backend", "no",
+    ]  # fmt: skip
+    machines = [
+        subprocess.Popen(
+            [*launch, "--machine_rank", str(rank), "-m", "tests.agents", json.dumps(runs)], env=environment(), cwd=ROOT
+        )
+        for rank in range(2)
+    ]
+    assert [ends(machine) for machine in machines] == [0, 0]
+    assert together(tmp_path / "whole", 2, config=config) == [0, 0]
+    one, two = (checkpoint.listed(x / "checkpoints")[-1] for x in (tmp_path / "whole", tmp_path / "run"))
+    assert (one / checkpoint.MANIFEST).read_text() == (two / checkpoint.MANIFEST).read_text()
