@@ -1,8 +1,9 @@
 """What a launcher starts in the tests of nodes: the toy's trainings of a JSON list, one after the other.
 
 Of each: ``run``, its folder; ``kill`` [what, images, rank]: in the launcher's first life, ``worker``: this process, or
-``agent``: its launcher; ``unshared``: a folder that is to be looked at by all processes; what else ``go`` takes. Each
-process leaves RUN.RANK.json: the environment, and the images that it has seen in this life.
+``agent``: its launcher, ``machine``: both; ``wait``: seconds before each loss; ``unshared``: a folder whose sibling,
+another one for each machine, is to be refused; what else ``go`` takes. Each process leaves RUN.RANK.json: what the
+launcher set, and the images that it has seen in this life.
 """
 
 import json
@@ -34,6 +35,9 @@ def main() -> None:
             if what is None or not first or images != at:
                 return
             if what == "worker" and rank == who:
+                os.kill(os.getpid(), signal.SIGKILL)
+            if what == "machine" and rank == who:
+                os.kill(os.getppid(), signal.SIGKILL)
                 os.kill(os.getpid(), signal.SIGKILL)
             if what == "agent" and rank == who:
                 os.kill(os.getppid(), signal.SIGKILL)

@@ -117,15 +117,17 @@ def test_a_worker_is_killed_and_the_agent_starts_all_again(tmp_path: Path):
 
 
 @pytest.mark.slow
-def test_one_of_two_machines_goes_on_alone(tmp_path: Path):
-    """--nnodes 1:2: the second agent is killed and does not come back. No image is left out and none seen twice."""
+@pytest.mark.parametrize(("what", "start"), [("agent", 64), ("machine", 48)])
+def test_one_of_two_machines_goes_on_alone(what: str, start: int, tmp_path: Path):
+    """--nnodes 1:2: the second agent is killed, and does not come back: its worker saves and stops; or both are, and
+    the other one goes on from its last checkpoint. No image is left out and none seen twice."""
     run, said = tmp_path / "run", [tmp_path / f"said.{node}" for node in range(2)]
     config = {"log_every": 32, "timeout_minutes": 0.25}
-    port, runs = free_port(), [{"run": str(run), "config": config, "kill": ("agent", 48, 1)}]
+    port, runs = free_port(), [{"run": str(run), "config": config, "kill": (what, 48, 1)}]
     agents = [agent(node, port, runs, said[node], "1:2") for node in range(2)]
     assert [ends(process) for process in agents] == [0, -signal.SIGKILL], said[0].read_text()[-3000:]
     told = about(run, 0)
-    assert (told["WORLD_SIZE"], told["seen"]) == ("1", list(range(64, 96)))
+    assert (told["WORLD_SIZE"], told["seen"]) == ("1", list(range(start, 96)))
     assert newest(run)[1]["world"] == 1
 
 

@@ -340,7 +340,7 @@ class Pulse:
 
     def __init__(self, folder: Path, accelerator: Accelerator, seconds: float):
         self.folder, self.seconds = folder, seconds
-        self.watch = min(5.0, max(2.0, seconds / 2)) + 1  # in which a living process changes its file
+        self.watch = min(6.0, max(2.0, seconds / 2))  # in which a living process changes its file
         self.accelerator = accelerator
         self.rank, self.world = accelerator.process_index, accelerator.num_processes
         self.count, self.what, self.moved = 0, "starting", time.monotonic()
