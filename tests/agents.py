@@ -1,7 +1,7 @@
 """What a launcher starts in the tests of nodes: the toy's trainings of a JSON list, one after the other.
 
 Of each: ``run``, its folder; ``kill`` [what, images, rank]: in the launcher's first life, ``worker``: this process, or
-``agent``: its launcher, ``machine``: both; ``wait``: seconds before each loss; ``unshared``: a folder whose sibling,
+``agent``: its launcher, ``machine``: both; ``wait``: seconds before each loss; ``stale``: only the first process sees checkpoints; ``unshared``: a folder whose sibling,
 another one for each machine, is to be refused; what else ``go`` takes. Each process leaves RUN.RANK.json: what the
 launcher set, and the images that it has seen in this life.
 """
@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from tests.toy import Toy, go, settings
-from training import processes
+from training import checkpoint, processes
 from training.fit import ConfigError
 
 PLACE = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "TORCHELASTIC_RESTART_COUNT")
@@ -46,6 +46,8 @@ def main() -> None:
         accelerator = processes.started(settings(**how.get("config", {})), "no")
         if "unshared" in how:
             check(Path(how.pop("unshared")).with_name(os.environ["NODE"]), run, rank, accelerator)
+        if how.pop("stale", False) and rank:
+            checkpoint.chosen = lambda root, resume: None
         tasks: list[Toy] = []
         try:
             go(run, accelerator=accelerator, act=act, made=tasks, **how)

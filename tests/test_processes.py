@@ -1,7 +1,10 @@
 """Two real processes over gloo: they train as one with the double batch, and stop, go on and fail together."""
 
+import json
 import os
 import signal
+import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -162,6 +165,21 @@ def test_a_full_disk_of_one_ends_all(tmp_path: Path):
     assert together(tmp_path / "run", 2, say=said) == [1, 1]
     assert "File exists" in (tmp_path / "said.0").read_text() or "Not a directory" in (tmp_path / "said.0").read_text()
     assert "process 0: " in (tmp_path / "said.1").read_text()
+
+
+def test_a_pulse_is_seen_by_its_changes_and_not_by_the_clock(tmp_path: Path):
+    """One process's clock is fast, and it is dead: its file says that it has just been there, and was the furthest."""
+    mine, other = (processes.Pulse(tmp_path, Fake(rank, 3), 2.0) for rank in range(2))
+    told = {"count": 9, "what": "training net", "host": "far", "pid": 1, "waits": False, "beats": 7}
+    (tmp_path / "process_2.json").write_text(json.dumps({**told, "time": time.time() + 100}))
+    stop = threading.Event()
+    alive = threading.Thread(target=lambda: [other._write() for _ in iter(lambda: stop.wait(0.1), True)])
+    alive.start()
+    text = mine.missing()
+    stop.set()
+    alive.join()
+    assert "process 2 (pid 1 on far, last seen training net) is dead or stuck" in text
+    assert "process 0 (" not in text and "process 1 (" not in text
 
 
 # --- parts -----------------------------------------------------------------------------------------------------------

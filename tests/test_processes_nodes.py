@@ -95,10 +95,13 @@ def test_two_agents_are_one_process_though_one_is_killed(tmp_path: Path):
 
 
 def test_a_worker_is_killed_and_the_agent_starts_all_again(tmp_path: Path):
-    """kill -9 in mid-run, with dropout from each process's own generator: bit for bit the run that was not killed."""
+    """kill -9 in mid-run, with dropout from each process's own generator: bit for bit the run that was not killed. The
+    second process sees no checkpoint, as may be for a while where another machine wrote it: the first one chooses."""
     config = {"log_every": 32, "timeout_minutes": 0.5}
     run = tmp_path / "run"
-    runs = [{"run": str(run), "config": config, "kill": ("worker", 80, 1)}]
+    runs = [{"run": str(run), "config": config, "kill": ("worker", 80, 1), "stale": True}]
+    (run / "log").mkdir(parents=True)
+    (run / "log" / "process_7.json").write_text("{}")  # of a life with more processes
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--max-restarts", "1",
         "-m", "tests.agents", json.dumps(runs),

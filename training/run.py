@@ -19,7 +19,7 @@ from .schema import AdaptConfig, AutoencoderConfig, ClipConfig, Config, Diffusio
 
 log = logging.getLogger(__name__)
 DONE = "done.json"
-BESIDE = ("cache", "base", "base.json", "class_pictures")  # what may be there before a run is
+BESIDE = ("cache", "base", "base.json", "base.lock", "class_pictures")  # what may be there before a run is
 # Keys that change no number of what a run makes: it may go on with others.
 FREE = {"cache.dir", "cache.prune"} | {
     "train." + key
@@ -288,6 +288,9 @@ def _with_prior(config: AdaptConfig) -> AdaptConfig:
 
     mixed = precision(config.train.mixed_precision)
     accelerator = processes.started(config.train, mixed)
+    given = config.prior.class_data_dir if config.prior else None
+    folder, key = Path(given or config.output_dir).expanduser(), "prior.class_data_dir" if given else "output_dir"
+    processes.check_shared(folder, key, accelerator)
     parts = base_of(config).opened(frozen_dtype(config, accelerator.device, mixed), accelerator.device)
     rank, world, wait = accelerator.process_index, accelerator.num_processes, accelerator.wait_for_everyone
     return with_prior(config, class_pictures(config, parts, rank=rank, world=world, wait=wait))
