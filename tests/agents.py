@@ -1,9 +1,9 @@
 """What a launcher starts in the tests of nodes: the toy's trainings of a JSON list, one after the other.
 
-Of each: ``run``, its folder; ``kill`` [what, images, rank]: in the launcher's first life, ``worker``: this process, or
-``agent``: its launcher, ``machine``: both; ``wait``: seconds before each loss; ``stale``: only the first process sees checkpoints; ``unshared``: a folder whose sibling,
-another one for each machine, is to be refused; what else ``go`` takes. Each process leaves RUN.RANK.json: what the
-launcher set, and the images that it has seen in this life.
+Of each: ``run``, its folder; ``kill`` [what, images, rank]: in the launcher's first life, ``worker``: this process,
+``agent``: its launcher, ``machine``: both; ``wait``: seconds before each loss; ``stale``: only the first process sees
+checkpoints; ``unshared``: a folder whose sibling, another one for each machine, is to be refused; what else ``go``
+takes. Each process leaves RUN.RANK.json: what the launcher set, and the images that it has seen in this life.
 """
 
 import json
