@@ -33,7 +33,7 @@ def agent(node: int, port: int, runs: Sequence[dict[str, Any]], said: Path, node
     command = [
         *TORCHRUN, "--nnodes", nodes, "--node_rank", str(node), "--rdzv_backend", "c10d",
         "--rdzv_endpoint", f"127.0.0.1:{port}", "--rdzv_id", "toy", "--max_restarts", "1",
-        "--rdzv_conf", "keep_alive_interval=1,keep_alive_max_attempt=3,last_call_timeout=3",
+        "--rdzv_conf", f"keep_alive_interval=1,keep_alive_max_attempt=3,last_call_timeout=3,is_host={1 - node}",
         "-m", "tests.agents", json.dumps(runs),
     ]  # fmt: skip
     place = environment() | ELASTIC | {"NODE": f"node{node}"}
