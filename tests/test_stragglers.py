@@ -20,8 +20,10 @@ SLEEP = 0.08  # seconds that the slow process takes longer for a batch, of which
 @pytest.mark.parametrize("share_out", [False, True], ids=["ddp", "fsdp2"])
 def test_a_slow_reader_is_named_and_the_others_wait_for_it(share_out: bool, tmp_path: Path):
     run, said = tmp_path / "run", tmp_path / "said"
-    config = {"images": 192, "log_every": 96, "validate_every": 1000, "checkpoint_every": 1000}
-    codes = together(run, 2, config=config, share_out=share_out, slow={1: SLEEP}, say=str(said))
+    config = {"images": 192, "log_every": 96, "sample_every": 96, "validate_every": 1000, "checkpoint_every": 1000}
+    # The first process draws a grid for a second, which is no wait of the other one's.
+    how: dict[str, Any] = {"config": config, "share_out": share_out, "draw": 1.0}
+    codes = together(run, 2, **how, slow={1: SLEEP}, say=str(said))
     assert codes == [0, 0], (tmp_path / "said.0").read_text()
     text = " ".join((tmp_path / "said.0").read_text().split())
     assert text.count("process 1 on ") == 1 and "s a step for its data" in text, text

@@ -85,9 +85,11 @@ class Toy:
         optimizer: dict[str, Any] | None = None,
         share_out: bool = False,
         memory: int | None = None,
+        draw: float = 0.0,
     ):
         self.act, self.rows, self.files, self.seen = act, rows or Numbers(), [], []
         self.per_step, self.how, self.share_out, self.memory = per_step, optimizer or {}, share_out, memory
+        self.draw = draw  # seconds that a grid takes
         torch.manual_seed(3)
         net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Dropout(dropout), nn.Linear(8, 4))
         critic = nn.Linear(4, 1)
@@ -130,6 +132,7 @@ class Toy:
             return {"held_out": weight.square().sum().item()}
 
     def sample(self, file: Path) -> None:
+        time.sleep(self.draw)
         self.files.append(file)
 
     def export(self) -> None: ...

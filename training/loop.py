@@ -219,6 +219,7 @@ def train(
                         sheet = run / "samples" / f"images_{now.images:09d}.png"
                         task.sample(sheet)
                         journal.show(now.images, sheet)
+                times.pause()
             if due(config.checkpoint_every) or asked or best:
                 pulse.at("saving")
                 save(best)

@@ -36,7 +36,8 @@ class StepTimes:
 
     A step is ``with loading()``, ``meet()``, for each player its gradients and ``reduced()``, then ``stepped()``. On a
     GPU the waits for other processes are measured by events on its stream, which are read when they have passed: no
-    step waits for the device. The first step is left out (a loader starts, kernels are chosen).
+    step waits for the device. The first step is left out (a loader starts, kernels are chosen), and so is the one after
+    ``pause``.
     """
 
     def __init__(self, accelerator: Accelerator):
@@ -44,8 +45,9 @@ class StepTimes:
         self.cuda = accelerator.device.type == "cuda"
         self.token = torch.zeros((), device=accelerator.device)
         self.spans: deque[tuple[Mark, Mark]] = deque()  # waits for others whose lengths are still to be read
+        self.own: list[tuple[Mark, Mark]] = []  # those of this step
         self.backward_end: Mark | None = None
-        self.first, self.start = True, 0.0
+        self.left_out, self.start, self.loaded = True, 0.0, 0.0
         self._clear()
         self.judged = torch.zeros(self.world, 3, dtype=torch.float64)  # sums of data, comm, step seconds
         self.judged_steps = 0
@@ -62,7 +64,7 @@ class StepTimes:
         """Around the reading of the step's micro-batches."""
         self.start = time.perf_counter()
         yield
-        self.data += time.perf_counter() - self.start
+        self.loaded = time.perf_counter()
 
     def meet(self) -> None:
         """Wait until all processes have their data: what a slow reader costs the others is measured here, and not
@@ -70,7 +72,7 @@ class StepTimes:
         if self.world > 1:
             before = self._mark()
             dist.all_reduce(self.token)
-            self.spans.append((before, self._mark()))
+            self.own.append((before, self._mark()))
 
     def watch(self, loss: Loss) -> Loss:
         """The same loss, whose backward pass notes when its own computation ends.
@@ -96,18 +98,24 @@ class StepTimes:
         """The gradients of a player are those of all processes."""
         before, self.backward_end = self.backward_end, None
         if before is not None:
-            self.spans.append((before, self._mark()))
+            self.own.append((before, self._mark()))
 
     def stepped(self) -> None:
         """The step has ended, or has been handed to the device."""
-        if self.first:
-            self.first = False
-            self._clear()
+        own, self.own = self.own, []
+        if self.left_out:
+            self.left_out = False
             return
+        self.spans.extend(own)
+        self.data += self.loaded - self.start
         self.total += time.perf_counter() - self.start
         self.steps += 1
         while self.spans and _passed(self.spans[0][1]):
             self.comm += _seconds(*self.spans.popleft())
+
+    def pause(self) -> None:
+        """One process does something alone, for which the others wait in their next step: that one is left out."""
+        self.left_out = True
 
     def _mark(self) -> Mark:
         if not self.cuda:
