@@ -45,7 +45,7 @@ def test_a_slow_reader_is_named_and_the_others_wait_for_it(share_out: bool, tmp_
 
 def test_a_slow_computer_is_named_and_not_its_readers(tmp_path: Path):
     """Its loss takes longer: the others wait at the end of their backward pass, not where all meet with their data."""
-    config = {"images": 192, "log_every": 192, "validate_every": 1000, "checkpoint_every": 1000}
+    config = {"images": 192, "log_every": 192, "sample_every": 1000, "validate_every": 1000, "checkpoint_every": 1000}
     codes = together(tmp_path / "run", 2, config=config, slow_loss={1: SLEEP}, say=str(tmp_path / "said"))
     assert codes == [0, 0]
     text = " ".join((tmp_path / "said.0").read_text().split())

@@ -134,8 +134,9 @@ class StepTimes:
             processes and of the one that waited longest; and by process [data, comm, step] in seconds per step.
             Both are empty where no step was timed.
         """
+        values: dict[str, float] = {}
         if not self.steps:
-            return {}, []
+            return values, []
         while self.spans:
             before, after = self.spans.popleft()
             if isinstance(after, torch.cuda.Event):
@@ -150,7 +151,7 @@ class StepTimes:
         self._judge(table, steps)
         rows = (table / steps).tolist()
         data, comm, step = zip(*rows, strict=True)
-        values = {"step_seconds": sum(step) / self.world, "data_wait_seconds": sum(data) / self.world}
+        values |= {"step_seconds": sum(step) / self.world, "data_wait_seconds": sum(data) / self.world}
         if self.world > 1:
             values |= {"data_wait_seconds_max": max(data), "comm_wait_seconds": sum(comm) / self.world}
             values |= {"comm_wait_seconds_max": max(comm)}
@@ -204,7 +205,7 @@ def _others(seconds: Sequence[float], process: int) -> float:
 
 
 def _passed(mark: Mark) -> bool:
-    return isinstance(mark, float) or mark.query()
+    return mark.query() if isinstance(mark, torch.cuda.Event) else True
 
 
 def _seconds(before: Mark, after: Mark) -> float:
