@@ -59,64 +59,77 @@ def about(run: Path, rank: int) -> dict[str, Any]:
     return json.loads(Path(f"{run}.{rank}.json").read_text())
 
 
-def test_two_agents_are_one_process_though_one_is_killed(tmp_path: Path):
-    """DDP, in the middle of which the second agent is killed: its worker sees that and asks for a stop, the first agent
-    waits for a second one, which is started again, and both go on; then FSDP2. Weights as of one process with the
-    double batch. A folder that is another one on each machine is refused by both."""
-    how = {"dropout": 0.0, "config": {"log_every": 32, "timeout_minutes": 0.25}}
-    names = ("ddp", "fsdp2")
-    runs = [{**how, "run": str(tmp_path / name), "share_out": name == "fsdp2"} for name in names]
-    runs[0] |= {"kill": ("agent", 48, 1), "unshared": str(tmp_path / "node")}
+def same_bits(one: Path, two: Path) -> None:
+    """The newest checkpoints, every file of them, and the logs."""
+    folders = [checkpoint.listed(run / "checkpoints")[-1] for run in (one, two)]
+    assert folders[0].name == folders[1].name
+    assert len({(folder / checkpoint.MANIFEST).read_text() for folder in folders}) == 1
+    assert logged(one) == logged(two)
+
+
+def test_two_agents_train_together_though_a_worker_is_killed(tmp_path: Path):
+    """DDP with dropout, in which a worker is killed with SIGKILL: both agents start theirs again, and the weights are
+    bit for bit those of two processes that nothing happened to. Then FSDP2, as one process with the double batch.
+
+    The second process sees no checkpoint, as may be for a while where another machine wrote it: the first one chooses.
+    A folder that is another one on each machine is refused by both.
+    """
+    ddp, fsdp2 = tmp_path / "ddp", tmp_path / "fsdp2"
+    config = {"log_every": 32, "timeout_minutes": 0.15}
+    runs = [
+        {"run": str(ddp), "config": config, "kill": ("worker", 80, 1), "stale": True, "unshared": str(tmp_path / "x")},
+        {"run": str(fsdp2), "config": config, "dropout": 0.0, "share_out": True},
+    ]
+    (ddp / "log").mkdir(parents=True)
+    (ddp / "log" / "process_7.json").write_text("{}")  # of a life with more processes
     port, said = free_port(), [tmp_path / f"said.{node}" for node in range(2)]
+    agents = [agent(node, port, runs, said[node]) for node in range(2)]
+    assert [ends(process) for process in agents] == [0, 0], [file.read_text()[-3000:] for file in said]
+    told = [about(ddp, rank) for rank in range(2)]
+    assert [(x["RANK"], x["LOCAL_RANK"], x["WORLD_SIZE"], x["LOCAL_WORLD_SIZE"]) for x in told] == [
+        ("0", "0", "2", "1"),
+        ("1", "0", "2", "1"),
+    ]
+    assert told[1]["TORCHELASTIC_RESTART_COUNT"] == "1"
+    assert sorted(told[0]["seen"] + told[1]["seen"]) == list(range(80, 96))  # from the checkpoint at 80 on
+    assert not list((ddp / "log").glob("process_*"))  # of no life
+    assert together(tmp_path / "whole", 2, config={"log_every": 32}) == [0, 0]
+    same_bits(tmp_path / "whole", ddp)
+    for rank in range(2):
+        text = (tmp_path / f"ddp.{rank}.unshared").read_text()
+        assert "output_dir" in text and "process 1 on" in text and "cannot see what process 0 on" in text
+    assert not list((tmp_path / "shared").iterdir())
+    go(tmp_path / "one", dropout=0.0, config={"batch_size": 8, "log_every": 32})
+    as_one(tmp_path / "one", fsdp2)
+
+
+def as_one(one: Path, two: Path) -> None:
+    """But for the order of sums."""
+    (expected, _), (found, state) = newest(one), newest(two)
+    assert (state["images"], state["world"]) == (96, 2)
+    for file in ("net", "critic", "net_ema"):
+        for k, v in expected[file].items():
+            torch.testing.assert_close(found[file][k], v, rtol=0, atol=1e-6)
+    for alone, both in zip(logged(one), logged(two), strict=True):
+        assert both == pytest.approx(alone, rel=1e-4)
+
+
+@pytest.mark.slow
+def test_an_agent_is_killed_and_started_again(tmp_path: Path):
+    """Its worker sees that and asks for a stop, the first agent waits for a second one, and both go on."""
+    run, said = tmp_path / "run", [tmp_path / f"said.{node}" for node in range(2)]
+    config = {"log_every": 32, "timeout_minutes": 0.25}
+    port, runs = free_port(), [{"run": str(run), "config": config, "kill": ("agent", 48, 1)}]
     agents = [agent(node, port, runs, said[node]) for node in range(2)]
     assert ends(agents[1]) == -signal.SIGKILL
     time.sleep(4)  # the rendezvous forgets it after 3
     agents[1] = agent(1, port, runs, said[1])  # as whoever looks after the machines would
     assert [ends(process) for process in agents] == [0, 0], [file.read_text()[-3000:] for file in said]
     assert "the launcher is gone" in said[1].read_text()
-    assert [about(tmp_path / "ddp", rank)["RANK"] for rank in range(2)] == ["0", "1"]
-    for rank in range(2):
-        told = about(tmp_path / "ddp", rank)
-        assert (told["LOCAL_RANK"], told["WORLD_SIZE"], told["LOCAL_WORLD_SIZE"]) == ("0", "2", "1")
-        assert min(told["seen"]) >= 64  # the step in which it was killed is not made again
-        text = (tmp_path / f"ddp.{rank}.unshared").read_text()
-        assert "output_dir" in text and "process 1 on" in text and "cannot see what process 0 on" in text
-    assert not list((tmp_path / "shared").iterdir())
-    go(tmp_path / "one", dropout=0.0, config={"batch_size": 8, "log_every": 32})
-    expected, _ = newest(tmp_path / "one")
-    for name in names:
-        found, state = newest(tmp_path / name)
-        assert (state["images"], state["world"]) == (96, 2)
-        for file in ("net", "critic", "net_ema"):
-            for k, v in expected[file].items():
-                torch.testing.assert_close(found[file][k], v, rtol=0, atol=1e-6)
-        for one, both in zip(logged(tmp_path / "one"), logged(tmp_path / name), strict=True):
-            assert both == pytest.approx(one, rel=1e-4)
-
-
-def test_a_worker_is_killed_and_the_agent_starts_all_again(tmp_path: Path):
-    """kill -9 in mid-run, with dropout from each process's own generator: bit for bit the run that was not killed. The
-    second process sees no checkpoint, as may be for a while where another machine wrote it: the first one chooses."""
-    config = {"log_every": 32, "timeout_minutes": 0.5}
-    run = tmp_path / "run"
-    runs = [{"run": str(run), "config": config, "kill": ("worker", 80, 1), "stale": True}]
-    (run / "log").mkdir(parents=True)
-    (run / "log" / "process_7.json").write_text("{}")  # of a life with more processes
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--max-restarts", "1",
-        "-m", "tests.agents", json.dumps(runs),
-    ]  # fmt: skip
-    done = subprocess.run(command, env=environment() | ELASTIC, capture_output=True, text=True, cwd=ROOT, timeout=200)
-    assert done.returncode == 0, done.stderr[-3000:]
-    told = [about(run, rank) for rank in range(2)]
-    assert [x["TORCHELASTIC_RESTART_COUNT"] for x in told] == ["1", "1"]
-    assert sorted(told[0]["seen"] + told[1]["seen"]) == list(range(80, 96))  # from the checkpoint at 80 on
-    assert not list((run / "log").glob("process_*"))  # of neither life
+    seen = [about(run, rank)["seen"] for rank in range(2)]
+    assert sorted(seen[0] + seen[1]) == list(range(64, 96))  # the step in which it was killed is not made again
     assert together(tmp_path / "whole", 2, config={"log_every": 32}) == [0, 0]
-    one, two = (checkpoint.listed(x / "checkpoints")[-1] for x in (tmp_path / "whole", run))
-    assert one.name == two.name
-    assert (one / checkpoint.MANIFEST).read_text() == (two / checkpoint.MANIFEST).read_text()
-    assert logged(tmp_path / "whole") == logged(run)
+    same_bits(tmp_path / "whole", run)
 
 
 @pytest.mark.slow
@@ -151,5 +164,4 @@ def test_accelerate_starts_a_process_on_each_of_two_machines(tmp_path: Path):
     ]
     assert [ends(machine) for machine in machines] == [0, 0]
     assert together(tmp_path / "whole", 2, config=config) == [0, 0]
-    one, two = (checkpoint.listed(x / "checkpoints")[-1] for x in (tmp_path / "whole", tmp_path / "run"))
-    assert (one / checkpoint.MANIFEST).read_text() == (two / checkpoint.MANIFEST).read_text()
+    same_bits(tmp_path / "whole", tmp_path / "run")
