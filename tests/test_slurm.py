@@ -22,8 +22,9 @@ SCRIPT = ROOT / "configs" / "cluster" / "slurm.sh"
 # Starts the tasks with what SLURM tells them, passes signals on to them, and ends with the highest of their codes.
 SRUN = """
 import os, signal, subprocess, sys
+from itertools import takewhile
 command = sys.argv[1:]
-options = [x for x in command if x.startswith("--")]
+options = list(takewhile(lambda x: x.startswith("--"), command))
 assert options == ["--kill-on-bad-exit=0", "--wait=120"], options
 count, tasks = int(os.environ["SLURM_NTASKS"]), []
 for i in range(count):
