@@ -196,8 +196,10 @@ def all_tasks(root: Path, kills: int, seed: int, train: dict[str, Any]) -> None:
 
 
 def losses(run: Path) -> list[dict[str, float]]:
+    from training.journal import TIMED
+
     rows = map(json.loads, (run / "log" / "metrics.jsonl").read_text().splitlines())
-    return [{k: v for k, v in row.items() if k not in ("images_per_second", "tflops")} for row in rows]
+    return [{k: v for k, v in row.items() if k not in TIMED} for row in rows]
 
 
 def place() -> dict[str, str]:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +17,7 @@ from safetensors.torch import load_file
 from ldm.paths import DiscreteVP
 from tests import adapting
 from tests.adapting import base, config, drawn, stock, trained
+from training import base as base_module
 from training.base import base_of, times_of
 from training.fit import ConfigError, check_together
 from training.run import build, open_data
@@ -199,6 +203,24 @@ def test_a_single_file_is_a_base(root: Path, tmp_path: Path) -> None:
     stamp = (two / "base.json").read_text()
     base_of(config("sd", root, "from_file", base=str(file), **{**how, "base_config": str(folder)}))
     assert (two / "base.json").read_text() == stamp
+
+
+def test_processes_that_start_together_turn_a_single_file_into_a_folder_once(tmp_path: Path, monkeypatch) -> None:
+    file, calls = tmp_path / "single.safetensors", []
+    file.write_bytes(b"weights")
+
+    def convert(source: Path, target: Path, **options) -> None:
+        calls.append(source)
+        target.mkdir()
+        time.sleep(0.3)
+        (target / base_module.INDEX).write_text("{}")
+
+    monkeypatch.setattr("pipelines.convert.convert", convert)
+    made = SimpleNamespace(output_dir=str(tmp_path / "run"), base_config=None)
+    with ThreadPoolExecutor(2) as pool:
+        folders = list(pool.map(lambda _: base_module._converted(made, file), range(2)))
+    assert calls == [file] and folders == [tmp_path / "run" / "base"] * 2
+    assert (folders[0] / base_module.INDEX).is_file()
 
 
 def test_an_encoder_that_does_not_train_keeps_still(root: Path, accelerator) -> None:

@@ -36,6 +36,8 @@ ELSEWHERE = {
     r"make test(-slow|-browser)?$": "test_setup.py",
     r"(python3 -m venv|pip install|apt-get install) ": "test_setup.py",
     r"([A-Z_]+=\w+ )*(torchrun|accelerate launch) .*deepspeed": "test_zero.py",
+    r"([A-Z_]+=\w+ )*(torchrun --nnodes|accelerate launch .*--num_machines) ": "test_processes_nodes.py",
+    r"sbatch ": "test_slurm.py",
     r"ACCELERATE_USE_DEEPSPEED=true ": "test_zero.py",
     r"(ACCELERATE_USE_CPU=true )?(torchrun|accelerate launch) ": "test_processes_launch.py",
     r"python benchmarks/": "test_benchmarks.py",

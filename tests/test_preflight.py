@@ -25,6 +25,7 @@ from training.arithmetic import parameters
 from training.cache import make_cache
 from training.fit import ConfigError
 from training.guards import STOPS
+from training.journal import TIMED
 from training.preflight import DoesNotFit, cached, report
 from training.rehearsal import Rehearsal, Timed, times_due
 from training.run import open_data, train_all
@@ -35,7 +36,6 @@ assert autoencoder and clip and diffusion  # imported before anything is timed, 
 
 QUIET = Console(quiet=True)
 
-TIMED = ("images_per_second", "tflops")
 QUICK = ("autoencoder", "unet", "clip")  # to tell and to see; benchmarks/forecast.py has all five
 
 
@@ -107,10 +107,7 @@ def test_the_run_after_it_is_the_same_bit_for_bit(tmp_path: Path, data: Path, pa
     )
     assert first.keys() == second.keys() and all(first[k].equal(second[k]) for k in first)
     logs = [
-        [
-            {k: v for k, v in json.loads(line).items() if k not in ("images_per_second", "tflops")}
-            for line in file.open()
-        ]
+        [{k: v for k, v in json.loads(line).items() if k not in TIMED} for line in file.open()]
         for file in (tmp_path / n / "run/log/metrics.jsonl" for n in ("one", "two"))
     ]
     assert logs[0] == logs[1]

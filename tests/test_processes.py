@@ -1,7 +1,10 @@
 """Two real processes over gloo: they train as one with the double batch, and stop, go on and fail together."""
 
+import json
 import os
 import signal
+import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -184,6 +187,21 @@ def test_a_lack_of_memory_in_one_process_ends_all_with_its_message(linger: int, 
         assert together(tmp_path / "run", 2, gathers=True) == [0, 0]
 
 
+def test_a_pulse_is_seen_by_its_changes_and_not_by_the_clock(tmp_path: Path):
+    """One process's clock is fast, and it is dead: its file says that it has just been there, and was the furthest."""
+    mine, other = (processes.Pulse(tmp_path, Fake(rank, 3), 2.0) for rank in range(2))
+    told = {"count": 9, "what": "training net", "host": "far", "pid": 1, "waits": False, "beats": 7}
+    (tmp_path / "process_2.json").write_text(json.dumps({**told, "time": time.time() + 100}))
+    stop = threading.Event()
+    alive = threading.Thread(target=lambda: [other._write() for _ in iter(lambda: stop.wait(0.1), True)])
+    alive.start()
+    text = mine.missing()
+    stop.set()
+    alive.join()
+    assert "process 2 (pid 1 on far, last seen training net) is dead or stuck" in text
+    assert "process 0 (" not in text and "process 1 (" not in text
+
+
 # --- parts -----------------------------------------------------------------------------------------------------------
 
 
@@ -220,6 +238,12 @@ def test_a_mean_over_unequal_parts():
         ({"WORLD_SIZE": "2"}, {}, r"WORLD_SIZE=2, but 1 processes train together"),
         ({"MASTER_ADDR": "127.0.0.1", "ACCELERATE_MIXED_PRECISION": "no"}, {}, "for several processes and started one"),
         ({}, {"processes": 8}, r"train\.processes 8: 1 were started"),
+        ({"SLURM_STEP_NUM_TASKS": "8"}, {}, r"srun started 8 processes .*configs/cluster/slurm\.sh"),
+        ({"OMPI_COMM_WORLD_SIZE": "2"}, {}, "mpirun started 2 processes"),
+        (
+            {"TORCHELASTIC_MAX_RESTARTS": "3", "TORCHELASTIC_USE_AGENT_STORE": "True"}, {},
+            "set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1",
+        ),
         ({"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"}, {}, "would be counted twice"),
     ],
 )  # fmt: skip

@@ -23,6 +23,7 @@ from torch.utils.data import Dataset, IterableDataset, get_worker_info
 from training import deferred, processes
 from training.ema import EMA
 from training.evaluate.report import read_log
+from training.journal import TIMED
 from training.loop import Player, train
 from training.optim import Guarded
 from training.schema import Optimizer, Train
@@ -35,7 +36,8 @@ EVERY = {"log_every": 24, "validate_every": 24, "sample_every": 24, "checkpoint_
 class Numbers(Dataset):
     """Row i is always the same; the noise of an image is its index's."""
 
-    def __init__(self, bad: tuple[int, ...] = ()):
+    def __init__(self, bad: tuple[int, ...] = (), seconds: float = 0.0):
+        self.seconds = seconds
         self.x = torch.randn(ROWS, 4, generator=torch.Generator().manual_seed(11))
         self.x[list(bad)] = float("nan")
 
@@ -43,6 +45,7 @@ class Numbers(Dataset):
         return ROWS
 
     def __getitems__(self, pairs: list[tuple[int, int]]) -> dict[str, Tensor]:
+        time.sleep(self.seconds)
         index, row = torch.tensor(pairs).unbind(1)
         return {"index": index, "row": row, "x": self.x[row] + (0.01 * index).sin()[:, None]}
 
@@ -84,10 +87,12 @@ class Toy:
         share_out: bool | tuple[int, int] = False,
         memory: int | None = None,
         gathers: bool = False,
+        draw: float = 0.0,
     ):
         self.act, self.rows, self.files, self.seen = act, rows or Numbers(), [], []
         self.per_step, self.how, self.share_out, self.memory = per_step, optimizer or {}, share_out, memory
         self.gathers = gathers  # in the loss, as CLIP's
+        self.draw = draw  # seconds that a grid takes
         torch.manual_seed(3)
         build: Any = deferred.deferred if share_out else lambda make: make()
         net = build(lambda: nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Dropout(dropout), nn.Linear(8, 4)))
@@ -141,6 +146,7 @@ class Toy:
             return {"held_out": weight.square().sum().item()}
 
     def sample(self, file: Path) -> None:
+        time.sleep(self.draw)
         self.files.append(file)
 
     def export(self) -> None: ...
@@ -188,7 +194,7 @@ def logged(run: Path) -> list[dict[str, float]]:
     """The log without what the clock on the wall says."""
     rows, broken = read_log(run / "log" / "metrics.jsonl")
     assert not broken
-    return [{k: v for k, v in row.items() if k != "images_per_second"} for row in rows]
+    return [{k: v for k, v in row.items() if k not in TIMED} for row in rows]
 
 
 def differing(a: dict[str, Tensor], b: dict[str, Tensor]) -> list[str]:
@@ -203,7 +209,7 @@ def differing(a: dict[str, Tensor], b: dict[str, Tensor]) -> list[str]:
 def child(run: Path, rank: int, world: int, port: int, how: dict[str, Any]) -> None:
     """What a launcher's process does. ``how``: go's arguments; ``at``: image -> (what, rank) to happen to it there;
     ``stream``; ``say``: a file for its messages; ``group``: in a process group of its own; ``linger``: seconds between
-    its last words and its end."""
+    its last words and its end; ``slow``, ``slow_loss``: rank -> seconds that a batch, or its loss, takes longer."""
     place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ.update({k: str(v) for k, v in place.items()} if world > 1 else {}, ACCELERATE_USE_CPU="true")
     torch.set_num_threads(1)
@@ -213,12 +219,14 @@ def child(run: Path, rank: int, world: int, port: int, how: dict[str, Any]) -> N
         os.setpgrp()
     at, stream, say, bad = how.pop("at", {}), how.pop("stream", False), how.pop("say", None), how.pop("bad", {})
     linger = how.pop("linger", 0)
+    slow, slow_loss = how.pop("slow", {}), how.pop("slow_loss", {})
     if say:
         handle = os.open(f"{say}.{rank}", os.O_CREAT | os.O_WRONLY | os.O_APPEND)
         os.dup2(handle, 2)
     done: set[int] = set()
 
     def act(images: int) -> None:
+        time.sleep(slow_loss.get(rank, 0.0))
         what, who = at.get(images, (None, 0))
         if what is None or images in done or who not in (rank, None):
             return
@@ -242,6 +250,8 @@ def child(run: Path, rank: int, world: int, port: int, how: dict[str, Any]) -> N
         how["rows"] = Flow(config.batch_size, rank, world)
     if bad:
         how["rows"] = Numbers(bad=bad.get(rank, ()))
+    if slow:
+        how["rows"] = Numbers(seconds=slow.get(rank, 0.0))
     tasks: list[Toy] = []
     try:
         go(run, accelerator=accelerator, act=act, made=tasks, **how)

@@ -268,18 +268,23 @@ def _fetched(name: str, variant: str | None) -> Path:
 
 
 def _converted(config: AdaptConfig, file: Path) -> Path:
-    """The folder of a single file, made anew where the file is another one."""
+    """The folder of a single file, made anew where the file is another one. Of several processes one makes it, and the
+    others wait for it."""
+    from filelock import FileLock
+
     from pipelines.convert import convert
 
     target = Path(config.output_dir) / "base"
     stamp = target.with_name("base.json")
     now = {"file": str(file.resolve()), "size": file.stat().st_size, "changed": file.stat().st_mtime_ns}
-    if not (target / INDEX).is_file() or not stamp.is_file() or json.loads(stamp.read_text()) != now:
-        try:
-            convert(file, target, config=config.base_config)
-        except ValueError as error:
-            raise ConfigError(f"base: {error}") from error
-        stamp.write_text(json.dumps(now))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(target.with_name("base.lock")):
+        if not (target / INDEX).is_file() or not stamp.is_file() or json.loads(stamp.read_text()) != now:
+            try:
+                convert(file, target, config=config.base_config)
+            except ValueError as error:
+                raise ConfigError(f"base: {error}") from error
+            stamp.write_text(json.dumps(now))
     return target
 
 

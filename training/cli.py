@@ -33,14 +33,15 @@ Out = Annotated[Path | None, typer.Option(help="Folder for the runs, in place of
 
 
 def main() -> None:
-    """Run the command line. What the user got wrong is one message and exit code 2, not a traceback."""
+    """Run the command line. What the user got wrong is one message and exit code 2, not a traceback; where another
+    process was lost the code is 70."""
     try:
         app()
     except (ValueError, OSError, RuntimeError) as error:
         if not _is_ours(error):
             raise
         print(f"ldm: {error}", file=sys.stderr)
-        raise SystemExit(2) from error
+        raise SystemExit(getattr(error, "exit_code", 2)) from error
 
 
 def _is_ours(error: BaseException) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import cast
@@ -17,6 +17,12 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
+
+# Keys of the log that the clock decides: in two runs of one config they differ.
+TIMED = (
+    "images_per_second", "tflops", "mfu", "step_seconds", "data_wait_seconds", "data_wait_seconds_max",
+    "comm_wait_seconds", "comm_wait_seconds_max",
+)  # fmt: skip
 
 
 class Window:
@@ -52,7 +58,7 @@ class Window:
 
 
 class Journal:
-    """``RUN/log/metrics.jsonl`` and the progress bar, of the main process alone.
+    """``RUN/log/metrics.jsonl``, ``waits.jsonl`` and the progress bar, of the main process alone.
 
     Args:
         images: where the run starts; what a killed one wrote of later images goes.
@@ -60,15 +66,12 @@ class Journal:
 
     def __init__(self, run: Path, accelerator: Accelerator, images: int):
         self.run, self.accelerator, self.main = run, accelerator, accelerator.is_main_process
-        self.file = run / "log" / "metrics.jsonl"
+        self.file, self.waits = run / "log" / "metrics.jsonl", run / "log" / "waits.jsonl"
         self.console = Console(stderr=True)
         if self.main:
             self.file.parent.mkdir(parents=True, exist_ok=True)
-            if self.file.is_file():
-                lines = self.file.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
-                partial = self.file.with_suffix(".partial")
-                partial.write_text("".join(x for x in lines if _told_by(x, images)), encoding="utf-8")
-                partial.replace(self.file)
+            for file in (self.file, self.waits):
+                _cut(file, images)
 
     def write(self, images: int, values: Mapping[str, float]) -> None:
         if self.main and values:
@@ -76,6 +79,19 @@ class Journal:
                 handle.write(json.dumps({"images": images, **values}) + "\n")
             for tracker in self.accelerator.trackers:
                 tracker.log(dict(values), step=images)
+
+    def write_waits(self, images: int, seconds: Sequence[Sequence[float]]) -> None:
+        """A line of ``waits.jsonl``, where several processes train.
+
+        Args:
+            seconds: by process, of a step: wait for data, wait for other processes, the whole step.
+        """
+        if self.main and len(seconds) > 1:
+            names = ("data_wait_seconds", "comm_wait_seconds", "step_seconds")
+            columns = zip(*seconds, strict=True)
+            line = {name: [round(x, 6) for x in column] for name, column in zip(names, columns, strict=True)}
+            with self.waits.open("a", encoding="utf-8") as handle:
+                handle.write(json.dumps({"images": images, **line}) + "\n")
 
     def show(self, images: int, sheet: Path) -> None:
         """A sheet of samples, to the trackers that take pictures; one that was not drawn is passed over."""
@@ -121,6 +137,15 @@ class Journal:
                 )
 
             yield show
+
+
+def _cut(file: Path, images: int) -> None:
+    """Drop the lines of images after ``images``."""
+    if file.is_file():
+        lines = file.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+        partial = file.with_suffix(".partial")
+        partial.write_text("".join(x for x in lines if _told_by(x, images)), encoding="utf-8")
+        partial.replace(file)
 
 
 def _told_by(line: str, images: int) -> bool:

@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -24,8 +24,9 @@ from .guards import Diverged, Interrupted, Stages, StopSignals, Watchman
 from .journal import Journal, Window
 from .loader import Batch, Feed
 from .optim import Guarded
-from .processes import Pulse, all_or_none, lost_peer
+from .processes import LostProcess, Pulse, agreed, all_or_none, lost_peer
 from .schema import Train
+from .stragglers import StepTimes
 
 __all__ = ["Batch", "Diverged", "Interrupted", "OutOfMemory", "Player", "Task", "train", "whole"]
 
@@ -119,12 +120,13 @@ def train(
         Diverged: too many steps in a row without a finite gradient or with a spike; the rows are named.
         OutOfMemory: a step does not fit; what would fit is named.
         CheckpointError: the checkpoint is damaged or belongs to other inputs.
-        RuntimeError: another process is dead or stuck, and which.
+        LostProcess: another process is dead or stuck, and which.
         OSError: a checkpoint cannot be written; the older ones are whole.
     """
-    players, root, main = task.players, run / "checkpoints", accelerator.is_main_process
+    times, root, main = StepTimes(accelerator), run / "checkpoints", accelerator.is_main_process
+    players = [replace(player, loss=times.watch(player.loss)) for player in task.players]
     clock = _clock(task.rows, seed, config.batch_size)
-    start = checkpoint.chosen(root, resume)
+    start = agreed(lambda: checkpoint.chosen(root, resume), accelerator)
     now = state.restored(players, start, inputs, clock, accelerator, seed)
     if start is not None and resume != "auto" and main:
         checkpoint.set_aside(root, now.images)
@@ -168,7 +170,10 @@ def train(
     ):
         while now.images < config.images:
             pulse.at("loading pictures")
-            micros = [next(batches) for _ in range(config.gradient_accumulation_steps)]
+            with times.loading():
+                micros = [next(batches) for _ in range(config.gradient_accumulation_steps)]
+            pulse.at("waiting for the pictures of the others")
+            times.meet()
             rows = torch.cat([micro["row"] for micro in micros])
             pieces = [piece for micro in micros for piece in parted(micro, now.pieces)]
             moved: dict[str, tuple[Tensor, Tensor]] = {}
@@ -177,6 +182,7 @@ def train(
                     continue
                 pulse.at(f"training {player.name}")
                 loss, pieces = gradients(player, pieces, now.images, accelerator, config, window)
+                times.reduced()
                 what = f"in the optimizer's step of {player.name} at image {now.images}"
                 with naming_memory(what, partial(smaller_state, player)):
                     norm, skipped = player.optimizer.step()
@@ -186,13 +192,16 @@ def train(
             now.pieces = max(now.pieces, len(pieces) // len(micros))
             before, now.images, now.steps = now.images, now.images + per_step, now.steps + 1
             asked = watchman.look(before, bool(told), rows, moved)
+            times.stepped()
             if asked or due(config.checkpoint_every) or (config.keep_best and due(config.validate_every)):
                 asked |= watchman.settle()  # a checkpoint knows its last step, which is read one step late on a GPU
             if due(config.log_every):
                 means = window.means(accelerator)
                 speed = (now.images - images_start) / (time.perf_counter() - clock_start)
                 timed = {"images_per_second": speed, **measure.work(flops, speed, accelerator)}
-                journal.write(now.images, {**means, "lr": players[0].optimizer.lr, **timed})
+                waits, by_process = times.read()
+                journal.write(now.images, {**means, "lr": players[0].optimizer.lr, **timed, **waits})
+                journal.write_waits(now.images, by_process)
                 show(now.images, means, speed)
                 window = Window()
             for player in players if main or split else ():
@@ -214,11 +223,12 @@ def train(
                         sheet = run / "samples" / f"images_{now.images:09d}.png"
                         task.sample(sheet)
                         journal.show(now.images, sheet)
+                times.pause()
             if due(config.checkpoint_every) or asked or best:
                 pulse.at("saving")
                 save(best)
             if asked and now.images < config.images:
-                saver.wait()
+                _written(saver, accelerator)
                 journal.say(
                     f"stopped at {now.images} images, all is saved; the same command goes on from here "
                     f"(or: ldm train {run}/config.yaml)"
@@ -270,6 +280,16 @@ def _room() -> str:
     )
 
 
+def _written(saver: checkpoint.Saver, accelerator: Accelerator) -> None:
+    """Nobody leaves before the checkpoint is on the disk: a launcher ends the others when the first has left."""
+    error = None
+    try:
+        saver.wait()
+    except OSError as caught:
+        error = caught
+    all_or_none(error, accelerator)
+
+
 @contextmanager
 def _leaving_together(pulse: Pulse) -> Iterator[None]:
     """Where one process lacks memory, all leave with its message; a collective that breaks off says which process it
@@ -283,5 +303,5 @@ def _leaving_together(pulse: Pulse) -> Iterator[None]:
         if pulse.world > 1 and lost_peer(error):
             if text := pulse.left():
                 raise OutOfMemory(text) from error
-            raise RuntimeError(f"{pulse.missing(wait=True)} ({str(error).splitlines()[0]})") from error
+            raise LostProcess(f"{pulse.missing(wait=True)} ({str(error).splitlines()[0]})") from error
         raise

@@ -330,6 +330,7 @@ def _room(configs: Sequence[Config]) -> Iterator[Path]:
         processes.all_or_none(error, accelerator)
         if accelerator.num_processes > 1:
             broadcast_object_list(told)
+            processes.check_seen(Path(told[0]), f"output_dir {configs[0].output_dir}", accelerator)
         yield Path(told[0])
         accelerator.wait_for_everyone()
     finally:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import sys
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -19,7 +21,14 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import DistributedType, GradScalerKwargs, InitProcessGroupKwargs, convert_to_fp32
+from accelerate.utils import (
+    DistributedType,
+    GradScalerKwargs,
+    InitProcessGroupKwargs,
+    broadcast_object_list,
+    convert_to_fp32,
+    gather_object,
+)
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -28,7 +37,16 @@ from .fit import ConfigError
 from .schema import Train
 
 Net = TypeVar("Net", bound=nn.Module)
+T = TypeVar("T")
 LOST = 70  # exit code of a job that one of its processes left
+# How many processes a launcher started, where it does not set WORLD_SIZE.
+STARTED = {"SLURM_STEP_NUM_TASKS": "srun", "OMPI_COMM_WORLD_SIZE": "mpirun", "PMI_SIZE": "mpirun"}
+
+
+class LostProcess(RuntimeError):
+    """Another process is dead or stuck; the message names it. The same command goes on from the last checkpoint."""
+
+    exit_code = LOST
 
 
 def started(train: Train, mixed_precision: str, run: Path | None = None) -> Accelerator:
@@ -77,7 +95,12 @@ def started(train: Train, mixed_precision: str, run: Path | None = None) -> Acce
 
 
 def check_launcher() -> None:
-    """``accelerate launch --cpu --num_processes 2`` runs one process (accelerate#2741), and leaves this trace.
+    """Refuse launches of which each process would train alone, all into one folder.
+
+    ``accelerate launch --cpu --num_processes 2`` runs one process (accelerate#2741), and leaves a trace in the
+    environment; srun and mpirun start several without the variables that torch reads. Refuse, too, restarts that would
+    hang: torchrun's store, which workers share by default, gives restarted ones the addresses of the dead ones, and a
+    machine that is replaced waits in it for ever (torch 2.13, dynamic_rendezvous.py).
 
     Raises:
         ConfigError: so it was.
@@ -86,6 +109,69 @@ def check_launcher() -> None:
         raise ConfigError(
             "accelerate launch was asked for several processes and started one; on a CPU use "
             "ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes N, or torchrun"
+        )
+    restarts = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")
+    if restarts != "0" and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        raise ConfigError(
+            f"torchrun --max_restarts {restarts}: restarted processes would not find each other in the store that "
+            "torchrun shares with them; set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 before torchrun, on each machine"
+        )
+    for name, launcher in STARTED.items():
+        count = os.environ.get(name, "1")
+        if count.isdigit() and int(count) > 1 and "WORLD_SIZE" not in os.environ:
+            raise ConfigError(
+                f"{launcher} started {count} processes ({name}), and without RANK, LOCAL_RANK, WORLD_SIZE, "
+                "MASTER_ADDR and MASTER_PORT each would train alone: set them as configs/cluster/slurm.sh does, or "
+                f"start one torchrun per machine with {launcher}"
+            )
+
+
+def check_shared(folder: Path, key: str, accelerator: Accelerator) -> None:
+    """All processes call this: the first one writes a file into ``folder``, and the others look for it.
+
+    Args:
+        key: of the config, for the message.
+    Raises:
+        ConfigError: a process does not see it: the folder is another one on each machine. Raised in all processes.
+        OSError, RuntimeError: it cannot be written there.
+    """
+    if accelerator.num_processes == 1:
+        return
+    token = folder / agreed(lambda: f".shared-{uuid.uuid4().hex}", accelerator)
+    error = None
+    try:
+        if accelerator.is_main_process:
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                token.write_text(socket.gethostname(), encoding="utf-8")
+            except OSError as caught:
+                error = caught
+        all_or_none(error, accelerator)
+        check_seen(token, f"{key} {folder}", accelerator)
+    finally:
+        if accelerator.is_main_process:
+            token.unlink(missing_ok=True)
+
+
+def check_seen(path: Path, what: str, accelerator: Accelerator, seconds: float = 5.0) -> None:
+    """All processes call this, after the first one has made ``path``.
+
+    Args:
+        what: key and folder, for the message.
+        seconds: that a network's file system may take to show it.
+    Raises:
+        ConfigError: a process does not see it. Raised in all processes.
+    """
+    limit = time.monotonic() + seconds
+    while not path.exists() and time.monotonic() < limit:
+        time.sleep(0.1)
+    seen = gather_object([(path.exists(), socket.gethostname())])
+    blind = [f"process {rank} on {host}" for rank, (sees, host) in enumerate(seen) if not sees]
+    if blind:
+        raise ConfigError(
+            f"{what}: is not shared between the machines: {', '.join(blind[:4])}{' …' if len(blind) > 4 else ''} "
+            f"cannot see what process 0 on {seen[0][1]} wrote there; give a folder that all machines mount under the "
+            "same path (NFS, Lustre, …)"
         )
 
 
@@ -220,6 +306,26 @@ def gathered_rows(mine: Tensor) -> Tensor:
     return cast(Tensor, _Gathered.apply(mine))
 
 
+def agreed(find: Callable[[], T], accelerator: Accelerator) -> T:
+    """What the first process finds, in all of them: two machines may see a folder's files at different times.
+
+    Raises:
+        ValueError, OSError: ``find``'s own in the first process; RuntimeError in the others.
+    """
+    if accelerator.num_processes == 1:
+        return find()
+    answer: list[Any] = [None]
+    error: Exception | None = None
+    if accelerator.is_main_process:
+        try:
+            answer = [find()]
+        except (ValueError, OSError) as caught:
+            error = caught
+    all_or_none(error, accelerator)
+    broadcast_object_list(answer)
+    return answer[0]
+
+
 def all_or_none(error: Exception | None, accelerator: Accelerator) -> None:
     """Raise in every process what one met with; all of them call this.
 
@@ -227,8 +333,6 @@ def all_or_none(error: Exception | None, accelerator: Accelerator) -> None:
         the error itself where it was met, RuntimeError in the others.
     """
     if accelerator.num_processes > 1:
-        from accelerate.utils import gather_object
-
         told = gather_object([None if error is None else f"process {accelerator.process_index}: {error}"])
         others = [text for text in told if text is not None]
         if others and error is None:
@@ -245,6 +349,11 @@ class Pulse:
 
     A process that has not moved for ``timeout_minutes`` (it waits for another, or is itself stuck) says which ones are
     behind, and leaves; the launcher then ends the rest. A thread does it: it works whatever the process waits in.
+    Whether another one lives is seen by its file changing, so machines' clocks need not agree.
+
+    A launcher's process whose launcher is gone (its machine's torchrun was killed) asks for a stop, as SIGTERM does:
+    nobody could end it any more, and a restarted job would train beside it. It does so after ``watch`` seconds: the
+    rendezvous of the other launchers must have forgotten the dead one before they meet again.
 
     Args:
         folder: RUN/log.
@@ -253,9 +362,13 @@ class Pulse:
 
     def __init__(self, folder: Path, accelerator: Accelerator, seconds: float):
         self.folder, self.seconds = folder, seconds
+        self.watch = min(6.0, max(2.0, seconds / 2))  # in which a living process changes its file
+        self.accelerator = accelerator
         self.rank, self.world = accelerator.process_index, accelerator.num_processes
         self.count, self.what, self.moved = 0, "starting", time.monotonic()
-        self.began, self.note = time.time(), folder / "left.json"
+        self.note = folder / "left.json"
+        self.beats, self.waits, self.writing = 0, False, threading.Lock()
+        self.parent = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
         self.stop = threading.Event()
 
     def at(self, what: str) -> None:
@@ -269,6 +382,10 @@ class Pulse:
             yield self
             return
         self.folder.mkdir(parents=True, exist_ok=True)
+        if self.rank == 0:
+            for left in (*self.folder.glob("process_*"), self.note):  # by a job that was killed
+                left.unlink(missing_ok=True)
+        self.accelerator.wait_for_everyone()
         thread = threading.Thread(target=self._beat, name="pulse", daemon=True)
         self._write()
         thread.start()
@@ -283,30 +400,48 @@ class Pulse:
         """This process cannot go on: the others, which may wait for it in a collective, leave with its message."""
         if self.world > 1:
             partial = self.note.with_suffix(f".{self.rank}.partial")
-            partial.write_text(json.dumps({"process": self.rank, "text": text, "time": time.time()}))
+            partial.write_text(json.dumps({"process": self.rank, "text": text}))
             partial.replace(self.note)
 
     def left(self) -> str | None:
-        """Which process has left since this one began, and why."""
+        """Which process has left, and why."""
         try:
             told = json.loads(self.note.read_text())
         except (OSError, ValueError):
             return None
-        return f"process {told['process']}: {told['text']}" if told["time"] >= self.began else None
+        return f"process {told['process']}: {told['text']}"
 
     def _file(self, rank: int) -> Path:
         return self.folder / f"process_{rank}.json"
 
-    def _write(self, waits: bool = False) -> None:
-        told = {"count": self.count, "what": self.what, "host": socket.gethostname(), "pid": os.getpid()}
-        told["waits"] = waits or _may_wait()
-        partial = self._file(self.rank).with_suffix(".partial")
-        partial.write_text(json.dumps({**told, "time": time.time()}))
-        partial.replace(self._file(self.rank))
+    def _write(self) -> None:
+        with self.writing:  # two threads do
+            self.beats += 1
+            told = {"count": self.count, "what": self.what, "host": socket.gethostname(), "pid": os.getpid()}
+            told |= {"waits": self.waits or _may_wait(), "beats": self.beats}
+            partial = self._file(self.rank).with_suffix(".partial")
+            partial.write_text(json.dumps(told))
+            partial.replace(self._file(self.rank))
+
+    def _read(self) -> dict[int, dict[str, Any]]:
+        told: dict[int, dict[str, Any]] = {}
+        for rank in range(self.world):
+            try:
+                told[rank] = json.loads(self._file(rank).read_text())
+            except (OSError, ValueError):
+                told[rank] = {"count": -1, "what": "none", "host": "?", "pid": "?", "waits": False, "beats": 0}
+        return told
 
     def _beat(self) -> None:
+        with_launcher = time.monotonic()
         while not self.stop.wait(min(1.0, self.seconds / 10)):
             self._write()
+            if self.parent is None or os.getppid() == self.parent:
+                with_launcher = time.monotonic()
+            elif time.monotonic() - with_launcher > self.watch:
+                self.parent = None
+                print("ldm: the launcher is gone: the run saves and stops", file=sys.stderr, flush=True)
+                os.kill(os.getpid(), signal.SIGTERM)
             if (text := self.left()) and not self.stop.wait(2.0):  # a collective may break off by itself
                 print(f"ldm: {text}", file=sys.stderr, flush=True)
                 os._exit(2)
@@ -315,22 +450,18 @@ class Pulse:
                 os._exit(LOST)
 
     def missing(self, wait: bool = False) -> str:
-        """The processes that are behind, or whose pulse has stopped.
+        """The processes that are behind, or whose pulse has stopped; watches their files for a few seconds.
 
         Args:
-            wait: until the pulse of one that has died just now is seen to have stopped.
+            wait: this process is in no collective any more, but waits for the others all the same.
         """
-        silent = min(5.0, max(2.0, self.seconds / 2))
-        if wait:
-            time.sleep(silent + 1)
-        self._write(waits=wait)
-        told: dict[int, dict[str, Any]] = {}
-        for rank in range(self.world):
-            try:
-                told[rank] = json.loads(self._file(rank).read_text())
-            except (OSError, ValueError):
-                told[rank] = {"count": -1, "what": "none", "host": "?", "pid": "?", "waits": False, "time": 0.0}
-        last = {r: -1 if time.time() - t["time"] > silent else t["count"] for r, t in told.items()}
+        self.waits = wait
+        before, limit = self._read(), time.monotonic() + self.watch
+        while time.monotonic() < limit:
+            self._write()  # the others look, too
+            time.sleep(min(0.5, self.seconds / 10))
+        told = self._read()
+        last = {r: t["count"] if t["beats"] != before[r]["beats"] else -1 for r, t in told.items()}
         behind = [r for r in told if last[r] < max(last.values())]
         busy = [r for r in told if not told[r]["waits"]]  # at the same point, but not where one waits for others
         behind = behind or (busy if len(busy) < self.world else [])

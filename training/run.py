@@ -19,7 +19,7 @@ from .schema import AdaptConfig, AutoencoderConfig, ClipConfig, Config, Diffusio
 
 log = logging.getLogger(__name__)
 DONE = "done.json"
-BESIDE = ("cache", "base", "base.json", "class_pictures")  # what may be there before a run is
+BESIDE = ("cache", "base", "base.json", "base.lock", "class_pictures")  # what may be there before a run is
 # Keys that change no number of what a run makes: it may go on with others.
 FREE = {"cache.dir", "cache.prune", "data.storage_options", "data.shard_cache", "data.shard_cache_gb"} | {
     "train." + key
@@ -191,6 +191,9 @@ def train_one(
     measure.reset_peak(accelerator.device)
     torch.manual_seed(config.seed)
     run.mkdir(parents=True, exist_ok=True)
+    processes.check_shared(run, "output_dir", accelerator)
+    if isinstance(config, LatentRun) and config.cache.dir:
+        processes.check_shared(Path(config.cache.dir), "cache.dir", accelerator)
     if main:
         log.info(
             "%s: %s on %s (%d held out), %s%s, %s",
@@ -230,7 +233,7 @@ def cache_all(configs: Sequence[Config]) -> None:
         ConfigError: none of them is a diffusion config, or what they build on is missing.
     """
     from . import processes
-    from .cache import make_cache
+    from .cache import make_cache, root_of
     from .preflight import precision
 
     wanted = [config for config in configs if isinstance(config, LatentRun) and not config.data.streaming]
@@ -240,6 +243,7 @@ def cache_all(configs: Sequence[Config]) -> None:
     opened = [open_data(config, configs) for config in wanted]
     for config, rows in zip(wanted, opened, strict=True):
         accelerator = processes.started(config.train, precision(config.train.mixed_precision))
+        processes.check_shared(root_of(config), "cache.dir", accelerator)
         with _in_one_line():
             made = make_cache(config, *rows, accelerator)
         if accelerator.is_main_process:
@@ -311,6 +315,9 @@ def _with_prior(config: AdaptConfig) -> AdaptConfig:
 
     mixed = precision(config.train.mixed_precision)
     accelerator = processes.started(config.train, mixed)
+    given = config.prior.class_data_dir if config.prior else None
+    folder, key = Path(given or config.output_dir).expanduser(), "prior.class_data_dir" if given else "output_dir"
+    processes.check_shared(folder, key, accelerator)
     parts = base_of(config).opened(frozen_dtype(config, accelerator.device, mixed), accelerator.device)
     rank, world, wait = accelerator.process_index, accelerator.num_processes, accelerator.wait_for_everyone
     return with_prior(config, class_pictures(config, parts, rank=rank, world=world, wait=wait))

@@ -15,5 +15,5 @@ def config_files() -> dict[str, Path]:
     root = next((x for x in (here / "configs", here.parent / "configs") if x.is_dir()), None)
     if root is None:
         raise FileNotFoundError(f"no configs in {here / 'configs'} nor beside {here}: install the package anew")
-    files = (x for x in sorted(root.rglob("*")) if x.suffix in {".yaml", ".txt"})
+    files = (x for x in sorted(root.rglob("*")) if x.suffix in {".yaml", ".txt", ".sh"})
     return {x.relative_to(root).as_posix().removesuffix(".yaml"): x for x in files}
