@@ -12,7 +12,7 @@ import pytest
 
 
 class CuttingProxy:
-    """Passes connections on to a port of this machine and cuts every other one after ``limit`` bytes, in either direction."""
+    """Passes connections on to a port of this machine; cuts every fifth after ``limit`` bytes, in either direction."""
 
     def __init__(self, port: int, limit: int):
         self.target, self.limit, self.cuts, self.connections = port, limit, 0, 0
@@ -27,7 +27,7 @@ class CuttingProxy:
             except OSError:
                 return
             self.connections += 1
-            limit = self.limit if self.connections % 2 else None
+            limit = self.limit if self.connections % 5 == 1 else None
             server = socket.create_connection(("127.0.0.1", self.target))
             threading.Thread(target=self._pass, args=(client, server, limit), daemon=True).start()
             threading.Thread(target=self._pass, args=(server, client, limit), daemon=True).start()

@@ -35,7 +35,7 @@ def server() -> Iterator[int]:
 
 @pytest.fixture
 def proxy(server: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[CuttingProxy]:
-    """An empty bucket, behind a proxy that cuts every other connection after 2 kB."""
+    """An empty bucket, behind a proxy that cuts every fifth connection after 2 kB."""
     fs = file_system(server)
     if fs.exists("bucket"):
         fs.rm("bucket", recursive=True)

@@ -56,7 +56,7 @@ def server(place: Path) -> Iterator[int]:
 
 @pytest.fixture
 def proxy(server: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[CuttingProxy]:
-    """It cuts every other connection after 2 kB."""
+    """It cuts every fifth connection after 2 kB."""
     monkeypatch.setattr(remote, "RANGE", 3000)
     monkeypatch.setattr(remote, "FIRST_WAIT", 0.01)
     proxy = CuttingProxy(server, 2000)
