@@ -158,9 +158,7 @@ def test_processes_share_the_batches_out(place: Path, buckets: bool, world: int)
 
 
 @pytest.mark.parametrize("kind", ["parquet", "tar"])
-def test_each_reader_reads_the_pictures_of_its_own_files_alone(
-    place: Path, kind: str, monkeypatch: pytest.MonkeyPatch
-):
+def test_each_reader_reads_the_pictures_of_its_own_files_alone(place: Path, kind: str, monkeypatch: pytest.MonkeyPatch):
     """In an epoch four readers read each picture's bytes once in all, and each opens its own file alone."""
     bytes_read, opened = Counter(), Counter()
     for table in (TarTable, ParquetTable):

@@ -9,12 +9,15 @@ import shutil
 from collections.abc import Collection
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
 
 from . import sharded, tensor_files
 from .tensor_files import Stored
+
+if TYPE_CHECKING:
+    from .mirror import Mirror
 
 MANIFEST = "manifest.json"
 BEST = "best.json"
@@ -116,7 +119,7 @@ def save(root: Path, images: int, tensors: Files, state: dict[str, Any], keep: K
         if main:
             shutil.rmtree(partial, ignore_errors=True)
         raise
-    for old in _superfluous(root, keep):
+    for old in superfluous(listed(root), keep, best_of(root)):
         shutil.rmtree(old.rename(old.with_name(old.name + ".old")))  # renamed: no longer listed while it goes
     return final
 
@@ -161,15 +164,15 @@ def _write_tensors(partial: Path, tensors: Files, split: Collection[str]) -> dic
     return hashes
 
 
-def _superfluous(root: Path, keep: Keep) -> list[Path]:
-    found = listed(root)
+def superfluous(found: list[Path], keep: Keep, best: Path | None) -> list[Path]:
+    """Which of the checkpoints, oldest first, ``keep`` does not hold."""
     held = set(found[-keep.last :])
     if keep.every:
         first: dict[int, Path] = {}
         for folder in found:  # oldest first
             first.setdefault(images_of(folder) // keep.every, folder)
         held |= {folder for block, folder in first.items() if block}
-    if (best := best_of(root)) is not None:
+    if best is not None:
         held.add(best)
     return [folder for folder in found if folder not in held]
 
@@ -177,26 +180,39 @@ def _superfluous(root: Path, keep: Keep) -> list[Path]:
 class Saver:
     """Saves in this thread, or copies to the host and writes in another; the next save, or ``close``, waits for that.
 
+    Args:
+        mirror: gets each checkpoint after it is on the disk.
     Raises:
         OSError: of ``save`` and ``close``, what the writing met with; in the background that of the save before.
     """
 
-    def __init__(self, root: Path, keep: Keep, background: bool = False):
-        self.root, self.keep = root, keep
+    def __init__(self, root: Path, keep: Keep, background: bool = False, mirror: Mirror | None = None):
+        self.root, self.keep, self.mirror = root, keep, mirror
         self.pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint") if background else None
         self.pending: Future[Path] | None = None
 
     def save(self, images: int, tensors: Files, state: dict[str, Any], best: Any = None) -> None:
         if self.pool is None:
-            save(self.root, images, tensors, state, self.keep, best)
+            self._save(images, tensors, state, best)
             return
-        self.wait()
+        self._settle()
         host = {name: {k: v.detach().to("cpu", copy=True) for k, v in flat.items()} for name, flat in tensors.items()}
         state = json.loads(json.dumps(state))
-        self.pending = self.pool.submit(save, self.root, images, host, state, self.keep, best)
+        self.pending = self.pool.submit(self._save, images, host, state, best)
+
+    def _save(self, images: int, tensors: Files, state: dict[str, Any], best: Any) -> Path:
+        folder = save(self.root, images, tensors, state, self.keep, best)
+        if self.mirror is not None:
+            self.mirror.push(folder, self.keep)
+        return folder
 
     def wait(self) -> None:
-        """Until what was handed over is on the disk."""
+        """Until what was handed over is on the disk, and on the mirror."""
+        self._settle()
+        if self.mirror is not None:
+            self.mirror.wait()
+
+    def _settle(self) -> None:
         pending, self.pending = self.pending, None
         if pending is not None:
             pending.result()
@@ -207,6 +223,8 @@ class Saver:
         finally:
             if self.pool is not None:
                 self.pool.shutdown()
+            if self.mirror is not None:
+                self.mirror.close()
 
 
 # --- reading ---------------------------------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ from .gradients import OutOfMemory, gradients, naming_memory, parted, smaller_st
 from .guards import Diverged, Interrupted, Stages, StopSignals, Watchman
 from .journal import Journal, Window
 from .loader import Batch, Feed
+from .mirror import Mirror
 from .optim import Guarded
 from .processes import LostProcess, Pulse, agreed, all_or_none, lost_peer
 from .schema import Train
@@ -140,7 +141,9 @@ def train(
     split = any(sharded.is_split(dict(p.module.named_parameters())) for p in players)
     if split and config.async_checkpoint:
         raise ConfigError("train.async_checkpoint: not where the weights are shared out (FSDP2, ZeRO's stage 3)")
-    saver = checkpoint.Saver(root, checkpoint.Keep(config.keep_last, config.keep_every), config.async_checkpoint)
+    keep = checkpoint.Keep(config.keep_last, config.keep_every)
+    mirror = Mirror(config.mirror, run) if config.mirror and main else None
+    saver = checkpoint.Saver(root, keep, config.async_checkpoint, mirror)
     for player in players if main else ():
         player.ema.forget_after(run / "ema" / player.name, now.images)
 

@@ -114,7 +114,7 @@ def rehearse(config: Config, train_rows: Any, test_rows: Any, accelerator: Accel
         config = config.model_copy(update={"cache": own, "sample": sample})
         train_rows, test_rows = (_some(rows, max(2 * per_step, ROWS)) for rows in (train_rows, test_rows))
     never = {f"{name}_every": NEVER for name in ("log", "validate", "sample", "checkpoint")}  # at the end alone
-    short = how.model_copy(update={"images": steps * per_step, "async_checkpoint": False, **never})
+    short = how.model_copy(update={"images": steps * per_step, "async_checkpoint": False, "mirror": None, **never})
     run.mkdir(parents=True, exist_ok=True)
     measure.reset_peak(device)
     torch.manual_seed(config.seed)

@@ -32,9 +32,11 @@ FIRST_WAIT = 0.5  # seconds; doubled after each attempt
 LONGEST_WAIT = 30.0
 RANGE = 2**23  # bytes of one request
 AT_ONCE = 4  # ranges of one file
+ROOM_WAIT = 60.0  # seconds that a file waits for others that are in use
 COPIES_AT_ONCE = 16  # files of a folder
-# What tells two versions of a file apart, as the file systems name it.
-VERSION_KEYS = ("size", "ETag", "etag", "LastModified", "last_modified", "mtime", "generation", "updated", "blob_id")
+# What tells two versions of a file apart, as the file systems name it. Times only where there is nothing better.
+CONTENT_KEYS = ("ETag", "etag", "md5Hash", "generation", "blob_id")
+TIME_KEYS = ("LastModified", "last_modified", "updated", "mtime")
 PACKAGES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "http": "aiohttp", "https": "aiohttp"}
 
 
@@ -146,7 +148,9 @@ def list_files(url: str, options: Mapping[str, Any]) -> tuple[str, dict[str, dic
 
 
 def _version(url: str, info: Mapping[str, Any]) -> str:
-    about = [url, *(f"{key} {info[key]}" for key in VERSION_KEYS if info.get(key) is not None)]
+    keys = [key for keys in (CONTENT_KEYS, TIME_KEYS) for key in keys if info.get(key) is not None]
+    values = [getattr(x, "timestamp", lambda x=x: x)() for x in (info[key] for key in keys[:1])]
+    about = [url, str(info.get("size")), *map(str, values)]
     return hashlib.blake2b("\n".join(about).encode(), digest_size=12).hexdigest()
 
 
@@ -280,7 +284,20 @@ class ShardCache:
         return Lease(file, handle, version)
 
     def _reserve(self, url: str, partial: Path, size: int) -> BinaryIO:
-        """An open, locked file of this size, after room was made for it."""
+        """An open, locked file of this size, after room was made for it.
+
+        Files in use may be what another process fetched ahead, so it waits a while for room.
+        """
+        limit = time.monotonic() + ROOM_WAIT
+        while True:
+            try:
+                return self._make_room(url, partial, size)
+            except RemoteError:
+                if time.monotonic() > limit:
+                    raise
+            time.sleep(ROOM_WAIT / 100)
+
+    def _make_room(self, url: str, partial: Path, size: int) -> BinaryIO:
         from filelock import FileLock
 
         with FileLock(self.folder / ".room.lock"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -26,7 +27,7 @@ FREE = {"cache.dir", "cache.prune", "data.storage_options", "data.shard_cache", 
     for key in (
         "num_workers", "processes", "timeout_minutes", "sample_every", "checkpoint_every", "keep_last", "keep_every",
         "keep_best", "best_metric", "async_checkpoint", "on_out_of_memory", "spike_factor", "max_spiked_steps",
-        "max_skipped_steps", "report_to",
+        "max_skipped_steps", "report_to", "mirror",
     )
 }  # fmt: skip
 
@@ -53,6 +54,33 @@ def _differences(old: Any, new: Any, key: str = "") -> list[str]:
         keys = sorted(old.keys() | new.keys())
         return [d for k in keys for d in _differences(old.get(k), new.get(k), f"{key}.{k}".lstrip("."))]
     return [] if old == new or key in FREE else [f"{key}: {old} there, {new} here"]
+
+
+def _restore(config: Config, resume: str | Path) -> None:
+    """Bring back from ``train.mirror`` what is newer there than in ``output_dir``.
+
+    Raises:
+        ConfigError: the mirror is another run's, or ``resume`` is ``never`` and it holds checkpoints.
+        RemoteError: it cannot be read or written.
+    """
+    if config.train.mirror is None:
+        return
+    from .mirror import Mirror
+
+    mirror, url = Mirror(config.train.mirror, Path(config.output_dir)), config.train.mirror
+    if os.environ.get("RANK", "0") == "0":
+        mirror.check()
+    if resume == "never" and (names := mirror.names()):
+        raise ConfigError(f"train.mirror {url}: holds {names[-1]}, and --resume never was asked for; choose another")
+    there = mirror.config()
+    differing = _differences(yaml.safe_load(there), yaml.safe_load(dump(config))) if there else []
+    differing = [x for x in differing if not x.startswith("output_dir:")]
+    if differing:
+        raise ConfigError(
+            f"train.mirror {url}: is the mirror of another run ({'; '.join(differing[:3])}); choose another one"
+        )
+    if resume == "auto":
+        mirror.restore(dump(config), BESIDE)
 
 
 def is_done(config: Config, inputs: dict[str, str]) -> bool:
@@ -119,6 +147,7 @@ def train_all(
     check_launcher()
     check_together(configs)
     for config in configs:
+        _restore(config, resume)
         check_folder(config)
         check_optimizer(config.optimizer)
         if isinstance(config, ClipConfig) and config.train.on_out_of_memory == "halve":
@@ -180,6 +209,7 @@ def train_one(
     from .arithmetic import training_flops
     from .card import write_card
     from .evaluate.report import write_report
+    from .mirror import Mirror
     from .preflight import precision
     from .sizes import network_of
 
@@ -203,6 +233,8 @@ def train_one(
     task = build(config, train_rows, test_rows, run, accelerator)
     if main:  # not before: a config that cannot be built leaves the folder free for a better one
         (run / "config.yaml").write_text(dump(config))
+        if config.train.mirror:
+            Mirror(config.train.mirror, run).put_config(dump(config))
     accelerator.wait_for_everyone()
     accelerator.init_trackers(run.name, config={"config": dump(config)})
     loop.train(

@@ -6,7 +6,7 @@ import hashlib
 import logging
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from copy import copy
@@ -229,6 +229,8 @@ class _Reader:
         self.places = {lane: p.places.get(lane, _Place()) for lane in own}
 
     def close(self) -> None:
+        for lane in self.open_lanes.values():
+            lane.close()
         self.open_lanes.clear()
 
     def turn(self) -> tuple[dict[str, Any], _Position]:
@@ -260,6 +262,11 @@ class _Lane:
         }
         self.rows = self._rows()
 
+    def close(self) -> None:
+        self.rows.close()
+        self.queues.clear()
+        self.open.clear()
+
     @property
     def _looks(self) -> bool:
         return len(self.stream.shapes) > 1
@@ -280,7 +287,7 @@ class _Lane:
                 return bucket, queue
         raise AssertionError("a lane has no end")
 
-    def _rows(self) -> Iterator[tuple[int, _Row]]:
+    def _rows(self) -> Generator[tuple[int, _Row], None, None]:
         """All rows from here on with their buckets, epoch after epoch."""
         p, stream, idle = self.place, self.stream, 0
         for epoch in count(p.epoch):

@@ -31,6 +31,7 @@ class Train(Section):
     keep_best: bool = False  # save when best_metric is the best so far, and keep that one
     best_metric: str | None = None  # by default held_out_loss, or held_out_psnr where that is what is measured
     async_checkpoint: bool = False  # copy to the host and write while training goes on
+    mirror: str | None = None  # a folder of this run's own, as in s3://bucket/run: checkpoints are copied there
 
     processes: Positive | None = None  # how many a launcher must have started; None: any number
     timeout_minutes: AboveZero = 30  # a process that does nothing for so long ends the job, and is named
