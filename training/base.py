@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from pipelines.precision import DTYPES
+
 from .fit import ConfigError
 from .schema import AdaptConfig, Times
 from .schema.paths import LogitNormalTimes, LogNormalTimes, UniformTimes
@@ -25,7 +27,6 @@ if TYPE_CHECKING:
     from pipelines.stock import Form
 
 INDEX = "model_index.json"
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
