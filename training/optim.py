@@ -183,12 +183,15 @@ def _is_number(value: Any) -> bool:
 
 
 def placed(value: Any, like: Tensor) -> Any:
-    """A stored tensor where ``like`` is: on its device and, if it has its shape, sharded as it is."""
+    """A stored tensor where ``like`` is: on its device and, if it has its shape, sharded as it is and in its
+    order of memory, which the fused kernels take to be one for weight, gradient and state."""
     if not isinstance(value, Tensor) or isinstance(value, DTensor):
         return value
     value = value.to(like.device)
     if isinstance(like, DTensor) and value.shape == like.shape:
         return distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None)
+    if value.shape == like.shape and value.stride() != like.stride():
+        return torch.empty_like(like, dtype=value.dtype).copy_(value)
     return value
 
 

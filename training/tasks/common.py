@@ -12,6 +12,8 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from ldm.models.base import Network
+from ldm.models.unet import UNet
+from ldm.models.vae import VAE
 
 from .. import zero
 from ..ema import EMA
@@ -75,7 +77,12 @@ def tuned(net: Net, how: Train) -> Net:
 
     Raises:
         ValueError, RuntimeError: the attention backend cannot be had here, and why.
+        ConfigError: a network without convolutions in another order of memory.
     """
+    if how.channels_last is True:
+        if not isinstance(net, UNet | VAE):
+            raise ConfigError(f"train.channels_last: {type(net).__name__} has no convolutions to gain by it")
+        net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     net.set_attention_backend(how.attention_backend)
     if how.gradient_checkpointing:
         net.enable_gradient_checkpointing(how.gradient_checkpointing)
