@@ -10,7 +10,9 @@ from typing import Any
 
 import pytest
 import torch
+import torch._dynamo
 from safetensors.torch import load_file
+from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests import killed
@@ -227,3 +229,58 @@ def test_what_is_stored_takes_its_weights_order():
     found = placed(stored, like)
     assert found.stride() == like.stride() and found.dtype == torch.bfloat16 and found.equal(stored)
     assert placed(stored, torch.zeros(2, 3, 4, 5)) is stored
+
+
+# --- compiled --------------------------------------------------------------------------------------------------------
+
+
+def compiled_run(given: dict[str, Any], monkeypatch: pytest.MonkeyPatch, inner: Any = None) -> list[tuple[int, str]]:
+    """Train, with ``inner`` or nothing behind torch.compile's capture; for each graph that was made, at which image and
+    in the step of which player. No graph breaks are allowed."""
+    from training import gradients
+
+    made, place = [], [(-1, "outside a step")]
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        made.append(place[-1])
+        return inner(graph, inputs) if inner else graph.forward
+
+    def step(player: Any, pieces: Any, images: int, *more: Any) -> Any:
+        place.append((images, player.name))
+        found = gradients.gradients(player, pieces, images, *more)
+        place.pop()
+        return found
+
+    torch._dynamo.reset()
+    counters.clear()
+    with monkeypatch.context() as patch:
+        patch.setattr("training.tasks.common.BACKEND", backend)
+        patch.setattr("training.loop.gradients", step)
+        train_all([parse(given, given["task"])])
+    torch._dynamo.reset()
+    assert not counters["graph_break"]
+    return made
+
+
+@pytest.mark.parametrize(
+    "task, checkpointing", [("clip", 0), ("vae", 1), ("unet", 0.5), ("dit", 0.5), ("mmdit", 0), ("adapt", 0.5)]
+)
+def test_a_compiled_run_learns_the_same_and_compiles_in_its_first_step(
+    task: str, checkpointing: float, root: Path, tmp_path: Path, monkeypatch
+):
+    """With averages, gradient checkpointing, LoRA, validation, grids and checkpoints; no file knows of it."""
+    how: dict[str, Any] = {"compile": True, "gradient_checkpointing": checkpointing, "validate_every": 4}
+    given = raw(root, tmp_path, task, **how, sample_every=4 if task == "unet" else 10**6)
+    first = {"clip": "clip", "vae": "vae"}.get(task, "net")
+    made = compiled_run(given, monkeypatch)
+    assert made and set(made) == {(0, first)}
+    run = tmp_path / task
+    plain = {**raw(root, tmp_path / "plain", task), "output_dir": str(tmp_path / "plain")}
+    if not (root / task).exists():
+        train_all([parse(plain, given["task"])])
+    there = losses(root / task if (root / task).exists() else tmp_path / "plain")
+    there = {row["images"]: row for row in there if "loss" in row}
+    for row in losses(run):
+        if "loss" in row:
+            assert row["loss"] == pytest.approx(there[row["images"]]["loss"], rel=1e-4), row["images"]
+    assert not any("_orig_mod" in name for f in run.rglob("*.safetensors") for name in load_file(f))
