@@ -19,6 +19,7 @@ from ldm.sampling import SAMPLERS
 
 from .app_settings import LONG_PROMPT, Limits, Settings
 from .picture_files import save_png
+from .precision import dtype_name
 from .preview import LinearPreview, fit_preview
 from .text_to_image import TextToImagePipeline
 
@@ -181,7 +182,8 @@ class Studio:
         """Under a name that nobody chose: the time, the seed, and what makes it the only one."""
         name = f"{time.strftime('%Y%m%d_%H%M%S')}_{settings.seed}_{secrets.token_hex(4)}.png"
         path = self.pictures / name
-        save_png(picture, path, {"model": self.model, **settings.written()})
+        written = {"dtype": dtype_name(self.pipe.net.dtype), **settings.written()}
+        save_png(picture, path, {"model": self.model, **written})
         return path, settings
 
 

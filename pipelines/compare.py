@@ -111,6 +111,11 @@ def _close(folder: Path, name: str, ours: Tensor, stock: Tensor) -> None:
 
 @contextmanager
 def _evaluating(*modules: nn.Module) -> Iterator[None]:
+    """In evaluation mode, and by a kernel that takes any precision: flash takes no float32 on CUDA."""
+    layers: list[Any] = [m for module in modules for m in module.modules() if hasattr(m, "backend")]
+    backends = [layer.backend for layer in layers]
+    for layer in layers:
+        layer.backend = "auto"
     modes = [(m, m.training) for module in modules for m in module.modules()]
     for m, _ in modes:
         m.training = False
@@ -119,3 +124,5 @@ def _evaluating(*modules: nn.Module) -> Iterator[None]:
     finally:
         for m, mode in modes:
             m.training = mode
+        for layer, backend in zip(layers, backends, strict=True):
+            layer.backend = backend

@@ -10,9 +10,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from .convert_configs import LAYOUTS
-from .convert_files import DTYPES
 from .convert_in import to_folder
 from .convert_out import to_file
+from .precision import DTYPES
 
 
 def convert(

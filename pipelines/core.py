@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -30,6 +31,7 @@ from .prompts import LongPrompt, one_length
 from .prompts import encode as encode_prompts
 from .schedulers import Schedule
 
+log = logging.getLogger(__name__)
 Module = TypeVar("Module", bound=nn.Module)
 Generators = torch.Generator | Sequence[torch.Generator]
 OnStep = Callable[[int, Tensor, Tensor, Denoised], Tensor | None]
@@ -280,9 +282,8 @@ def keeping(
 
 @torch.no_grad()
 def encode(vae: VAE, pictures: Tensor, family: str = "sd") -> Moments:
-    """Pictures (B, 3, H, W) in [-1, 1] -> moments of raw latents, (B, C, h, w) each; ``family`` as in ``decode``."""
-    vae = _wide_enough(awake(vae), family)
-    return vae.encode(pictures.to(vae.device, vae.dtype))
+    """Pictures (B, 3, H, W) in [-1, 1] -> moments of raw latents, (B, C, h, w) each. Precision as in ``decode``."""
+    return Moments(*_without_overflow(vae, family, VAE.encode, pictures))
 
 
 @torch.no_grad()
@@ -291,18 +292,35 @@ def decode(vae: VAE, latents: Tensor, family: str = "sd") -> Tensor:
 
     Args:
         family: of the text encoder. SDXL's autoencoder overflows in float16: there it works in float32 if its config
-            says ``force_upcast``, which the other families' stock pipelines do not look at.
+            says ``force_upcast``, which the other families' stock pipelines do not look at. One that is seen to
+            overflow works in float32 from then on, which is logged.
     """
-    vae = _wide_enough(awake(vae), family)
-    raw = vae.latent_scale.denormalize(latents).to(vae.device, vae.dtype)
-    return (vae.decode(raw) / 2 + 0.5).clamp(0, 1)
+    (pictures,) = _without_overflow(vae, family, _decoded, vae.latent_scale.denormalize(latents))
+    return (pictures / 2 + 0.5).clamp(0, 1)
 
 
-def _wide_enough(vae: VAE, family: str) -> VAE:
-    if family == "sdxl" and vae.dtype == torch.float16 and vae.config["force_upcast"]:
-        hook = getattr(vae, "_hf_hook", None)  # of offload, which knows the other networks: not copied
-        return copy.deepcopy(vae, {id(hook): hook}).float()  # the caller's stays as it is
-    return vae
+def _decoded(vae: VAE, raw: Tensor) -> tuple[Tensor]:
+    return (vae.decode(raw),)
+
+
+def _without_overflow(
+    vae: VAE, family: str, run: Callable[[VAE, Tensor], tuple[Tensor, ...]], x: Tensor
+) -> tuple[Tensor, ...]:
+    """``run(vae, x)``, in float32 where the autoencoder, in float16, is known or found to overflow."""
+    vae = awake(vae)
+    half = vae.dtype == torch.float16
+    known = getattr(vae, "overflows_in_float16", False) or (family == "sdxl" and vae.config["force_upcast"])
+    if not (half and known):
+        result = run(vae, x.to(vae.device, vae.dtype))
+        if not half or all(y.isfinite().all() for y in result) or not x.isfinite().all():
+            return result
+        log.warning(
+            "the autoencoder overflows in float16 and works in float32 from now on; bfloat16 (--dtype bf16) has room"
+        )
+        vae.overflows_in_float16 = True  # type: ignore[assignment]
+    hook = getattr(vae, "_hf_hook", None)  # of offload, which knows the other networks: not copied
+    wide = copy.deepcopy(vae, {id(hook): hook}).float()  # the caller's stays as it is
+    return run(wide, x.to(wide.device, wide.dtype))
 
 
 def awake(module: Module) -> Module:

@@ -9,7 +9,7 @@ import json
 import struct
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, BinaryIO
+from typing import Annotated, Any, BinaryIO, Literal
 
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
@@ -44,6 +44,7 @@ class Settings(BaseModel):
     guidance_rescale: Number | None = None
     guidance: str | list[str | dict[str, str | Number]] | None = None
     sampler: str | None = None
+    dtype: Literal["fp32", "bf16", "fp16"] | None = None  # of the weights
     height: Positive | None = None
     width: Positive | None = None
     long_prompt: str | None = None

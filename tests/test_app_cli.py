@@ -52,7 +52,7 @@ def test_what_is_refused_before_a_model_is_opened(tmp_path: Path, monkeypatch: p
         page(str(tmp_path / "none"), out=tmp_path / "out", host="0.0.0.0")
     with pytest.raises(ValueError, match=r"--loras .*: no such folder"):
         page(str(tmp_path / "none"), out=tmp_path / "out", loras=tmp_path / "loras")
-    with pytest.raises(ValueError, match="--dtype fp8: expected one of fp32, bf16, fp16"):
+    with pytest.raises(ValueError, match="dtype fp8: expected one of fp32, bf16, fp16"):
         page(str(tmp_path / "none"), out=tmp_path / "out", dtype="fp8")
     monkeypatch.setitem(sys.modules, "gradio", None)
     with pytest.raises(ValueError, match=r"the page needs gradio .*pip install -e '\.\[app\]'"):

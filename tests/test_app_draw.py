@@ -62,7 +62,7 @@ def test_the_png_says_how_it_was_made(studio: Studio):
     assert found == {
         "model": "tiny", "prompt": "a red apple", "negative_prompt": "blue", "sampler": "euler", "guidance_scale": 3.0,
         "num_inference_steps": 3, "seed": 6, "width": 16, "height": 16, "pictures": 1, "mode": "text",
-        "long_prompt": "chunk",
+        "long_prompt": "chunk", "dtype": "fp32",
     }  # fmt: skip
 
 

@@ -64,7 +64,7 @@ def test_the_command_there_and_back(saved: Path, tmp_path: Path, capsys, monkeyp
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"dtype": "fp8"}, "dtype 'fp8' is not one of fp16, bf16, fp32"),
+        ({"dtype": "fp8"}, "dtype 'fp8' is not one of fp32, bf16, fp16"),
         ({"layout": "sd14"}, "layout 'sd14' is not one of sd15, sd21, sdxl, sd3"),
         ({"layout": "sdxl"}, "text_encoder_2"),
     ],

@@ -197,6 +197,25 @@ def test_from_a_page_of_another_version(ldm: Ldm, pipeline: Path, tmp_path: Path
     assert read_settings(again)["seed"] == 5
 
 
+def test_the_precision_is_part_of_the_settings(ldm: Ldm, pipeline: Path, tmp_path: Path) -> None:
+    """A picture from before it was, was drawn in float32, whatever the default of this machine is."""
+    default, half, again, old = (tmp_path / f"{name}.png" for name in ("default", "half", "again", "old"))
+    options = [pipeline, "zebra", "--steps", 2]
+    assert ldm(*options, "-o", default).code == 0 and ldm(*options, "--dtype", "bf16", "-o", half).code == 0
+    assert [read_settings(x)["dtype"] for x in (default, half)] == ["fp32", "bf16"]
+    assert (pixels(default) != pixels(half)).any()
+    assert ldm("--from", half, "-o", again).code == 0
+    assert again.read_bytes() == half.read_bytes()
+    settings = read_settings(default)
+    del settings["dtype"]
+    with Image.open(default) as picture:
+        save_png(picture, old, settings)
+    assert cli_sample._taken_up(old, {})["dtype"] == "fp32"
+    assert ldm("--from", half, "--dtype", "fp32", "-o", again).code == 0
+    assert again.read_bytes() == default.read_bytes()
+    refused(ldm(*options, "--dtype", "fp8", "-o", again), "dtype fp8: expected one of fp32, bf16, fp16")
+
+
 # --- with a picture --------------------------------------------------------------------------------------------------
 
 

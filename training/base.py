@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from pipelines.precision import DTYPES
+
 from .fit import ConfigError
 from .schema import AdaptConfig, Times
 from .schema.paths import LogitNormalTimes, LogNormalTimes, UniformTimes
@@ -26,7 +28,6 @@ if TYPE_CHECKING:
     from pipelines.stock import Form
 
 INDEX = "model_index.json"
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from .cli_sample import Dtype
 from .says import say
 
 TOLD = ("before", "after", "ratios", "ratio", "style_itself", "subject_itself", "learnt", "kept")  # of what is judged
@@ -67,6 +68,7 @@ def judge(
     guidance: Annotated[float | None, typer.Option(min=0, help="guidance_scale; by default the run's own.")] = None,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     lora_from: Annotated[float, typer.Option(help="The share of the steps after which the LoRA acts.")] = 0.0,
+    dtype: Dtype = None,
 ) -> None:
     """Say what an adaptation has learnt and kept, by a network that had no part in training, in RUN/report.html."""
     say()
@@ -77,6 +79,7 @@ def judge(
     if (style is None) == (subject is None):
         raise ValueError("judge: give --style or --subject: what the run was to learn")
     how: dict[str, Any] = {"seed": seed, "steps": steps, "guidance_scale": guidance, "lora_from": lora_from}
+    how["dtype"] = dtype
     if style is not None:
         found = judge_style(run, style, data, prompts=prompts, **how)
     else:

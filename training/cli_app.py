@@ -8,9 +8,9 @@ from typing import Annotated
 
 import typer
 
+from .cli_sample import Dtype
 from .says import say
 
-DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 PASSWORD = "LDM_APP_PASSWORD"  # where a password is looked for: it is not to stand in the list of processes
 
 
@@ -27,7 +27,7 @@ def page(
     ] = None,
     ask_password: Annotated[bool, typer.Option("--ask-password", help="Ask for the password to set.")] = False,
     no_password: Annotated[bool, typer.Option("--no-password", help="Let everybody in who can reach --host.")] = False,
-    dtype: Annotated[str, typer.Option(help="Of the weights: fp32, bf16 or fp16.")] = "fp32",
+    dtype: Dtype = None,
     waiting: Annotated[int, typer.Option(min=1, help="Requests that may wait in the queue.")] = 8,
     max_side: Annotated[int, typer.Option(min=8, help="Longest side of a picture, in pixels.")] = 2048,
     max_pictures: Annotated[int, typer.Option(min=1, help="Pictures of one request.")] = 8,
@@ -42,13 +42,14 @@ def page(
     import torch
 
     from pipelines.app_draw import Studio, find_loras
+    from pipelines.precision import sampling_dtype
     from pipelines.text_to_image import TextToImagePipeline
 
-    if dtype not in DTYPES:
-        raise ValueError(f"--dtype {dtype}: expected one of {', '.join(DTYPES)}")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    kind = sampling_dtype(device, dtype)
     found = {} if loras is None else find_loras(loras)
-    pipe = TextToImagePipeline.from_pretrained(folder, dtype=getattr(torch, DTYPES[dtype]))
-    pipe.to("cuda" if torch.cuda.is_available() else "cpu")
+    pipe = TextToImagePipeline.from_pretrained(folder, dtype=kind)
+    pipe.to(device)
     studio = Studio(pipe, out / "pictures", found, model=folder, max_side=max_side, max_pictures=max_pictures)
     served = serve(
         studio, out, title=Path(folder).name, host=host, port=port, password=password, no_password=no_password,

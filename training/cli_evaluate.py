@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from .cli_sample import Dtype
 from .says import say
 
 
@@ -38,6 +39,7 @@ def evaluate(
     seed: Annotated[int, typer.Option(min=0)] = 0,
     batch_size: Annotated[int, typer.Option(min=1, help="Pictures drawn and looked at at a time.")] = 16,
     device: Annotated[str | None, typer.Option(help="By default cuda where there is one.")] = None,
+    dtype: Dtype = None,
     resolution: Annotated[
         int | None, typer.Option(min=1, help="Side at which pictures are compared; by default the drawings'.")
     ] = None,
@@ -81,8 +83,8 @@ def evaluate(
 
             found = evaluate_retrieval(
                 folder, data, num_inference_steps=steps, guidance_scale=guidance, seed=seed, batch_size=batch_size,
-                features=features, device=device, out=out, image_column=image_column, caption_column=caption_column,
-                progress=lambda done, total: progress("drawing", done, total),
+                features=features, device=device, dtype=dtype, out=out, image_column=image_column,
+                caption_column=caption_column, progress=lambda done, total: progress("drawing", done, total),
             )  # fmt: skip
             about |= {"metrics": found, "pictures": {"Samples": out / "samples.png"}}
         else:
@@ -94,7 +96,7 @@ def evaluate(
             asked = Asked(
                 MEASURES if names == ("all",) else names, features,
                 allow_pickle, clip, samples, steps, guidance, sampler, seed, batch_size, likelihoods, device,
-                image_column, caption_column, resolution,
+                image_column, caption_column, resolution, dtype=dtype,
             )  # fmt: skip
             taken = measure(folder, data, out, asked, progress)
             about["sections"] = sections(taken)

@@ -14,6 +14,7 @@ import typer
 from .says import say
 
 if TYPE_CHECKING:
+    import torch
     from PIL.Image import Image
 
 log = logging.getLogger(__name__)
@@ -23,6 +24,12 @@ CALL = (  # settings that are keywords of a pipeline's call, by their names
     "prompt", "negative_prompt", "num_inference_steps", "guidance_scale", "guidance_rescale", "guidance", "sampler",
     "long_prompt", "weighting", "strength",
 )  # fmt: skip
+Dtype = Annotated[
+    str | None,
+    typer.Option(
+        help="Of the weights: fp32, bf16 or fp16; by default bf16 on a GPU (fp16 if it has no bf16), fp32 on a CPU."
+    ),
+]
 LONG_PROMPTS = ("cut", "chunk", "refuse")
 
 
@@ -63,6 +70,7 @@ def sample(
         float | None, typer.Option(help="Share of the steps, where layouts are decided, without the LoRAs: 0.3.")
     ] = None,
     embedding: Annotated[list[Path] | None, typer.Option(help="File of new tokens; repeat the option.")] = None,
+    dtype: Dtype = None,
     again: Annotated[
         Path | None, typer.Option("--from", help="PNG whose settings are taken; other options come before them.")
     ] = None,
@@ -79,7 +87,7 @@ def sample(
         "guidance": [_kind(one) for one in guide] if guide else None, "sampler": sampler,
         "height": height, "width": width, "long_prompt": long_prompt, "weighting": weighting,
         "image": None if image is None else str(image), "mask": None if mask is None else str(mask),
-        "strength": strength, "loras": dict(_lora(one) for one in lora) if lora else None,
+        "strength": strength, "dtype": dtype, "loras": dict(_lora(one) for one in lora) if lora else None,
         "lora_from": lora_from, "embeddings": [str(file) for file in embedding] if embedding else None,
     }  # fmt: skip
     given = {key: value for key, value in given.items() if value is not None}
@@ -155,6 +163,7 @@ def _taken_up(picture: Path, given: Mapping[str, Any]) -> dict[str, Any]:
     found = read_settings(picture)
     digests, versions = found.pop("digests", {}), found.pop("versions", {})
     found.pop("mode", None)
+    found.setdefault("dtype", "fp32")  # pictures from before it was written down
     for key in [key for key in found if key not in Settings.model_fields]:
         log.warning("%s: its setting %s is not known here, and not taken up: %.100r", picture, key, found.pop(key))
     if "index" in found and ("pictures" in given or "seed" in given):  # another one, and no longer one of a batch
@@ -238,13 +247,16 @@ def draw(settings: Mapping[str, Any], out: Path) -> list[Path]:
     from pipelines.guiding import listed
     from pipelines.lora.late import LateLora
     from pipelines.picture_files import digest
+    from pipelines.precision import dtype_name, sampling_dtype
 
     from .evaluate.grids import picture_grid, to_pil
 
     if settings.get("sampler") is not None and settings["sampler"] not in SAMPLERS:
         raise ValueError(f"sampler {settings['sampler']!r} is not one of {', '.join(SAMPLERS)}")
     listed(settings.get("guidance", "classifier_free"))
-    pipe, more = _opened(settings)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = sampling_dtype(device, settings.get("dtype"))
+    pipe, more = _opened(settings, dtype)
     loras = {f"lora_{i}": one for i, one in enumerate(settings.get("loras", {}).items())}
     for name, (place, _) in loras.items():
         pipe.load_lora_weights(place, name)
@@ -252,7 +264,7 @@ def draw(settings: Mapping[str, Any], out: Path) -> list[Path]:
         pipe.set_adapters(list(loras), [weight for _, weight in loras.values()])
     for file in settings.get("embeddings", []):
         pipe.load_textual_inversion(file)
-    pipe.to("cuda" if torch.cuda.is_available() else "cpu")
+    pipe.to(device)
     n, seed, index = settings["pictures"], settings["seed"], settings.get("index")
     if index is not None and index >= n:
         raise ValueError(f"index is {index} of {n} pictures; expected less")
@@ -265,11 +277,12 @@ def draw(settings: Mapping[str, Any], out: Path) -> list[Path]:
             output_type="pt",
             return_dict=False,
         )
-    drawn = to_pil(torch.as_tensor(pictures).cpu())
+    drawn = to_pil(torch.as_tensor(pictures).float().cpu())
     files = {name: file for name, file in _files(settings).items() if _there(file)}
     told = {
         **settings,
         "sampler": settings.get("sampler", pipe.schedule.sampler),
+        "dtype": dtype_name(dtype),
         "height": drawn[0].height,
         "width": drawn[0].width,
         "digests": {name: digest(file) for name, file in files.items()},
@@ -285,18 +298,18 @@ def draw(settings: Mapping[str, Any], out: Path) -> list[Path]:
     return [_save(picture_grid(drawn, cell=drawn[0].width), out, told)]
 
 
-def _opened(settings: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+def _opened(settings: Mapping[str, Any], dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
     """The pipeline for what is given, and what of it the call takes."""
     model, more = settings["model"], {key: settings[key] for key in ("height", "width") if key in settings}
     if "image" not in settings:
         from pipelines.text_to_image import TextToImagePipeline
 
-        return TextToImagePipeline.from_pretrained(model), more
+        return TextToImagePipeline.from_pretrained(model, dtype=dtype), more
     more["image"] = _picture(settings["image"], "RGB")
     if "mask" not in settings:
         from pipelines.image_to_image import ImageToImagePipeline
 
-        return ImageToImagePipeline.from_pretrained(model), more
+        return ImageToImagePipeline.from_pretrained(model, dtype=dtype), more
     from pipelines.inpaint import InpaintPipeline
 
     more["mask_image"] = _picture(settings["mask"], "L")
@@ -305,7 +318,7 @@ def _opened(settings: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
             f"--mask {settings['mask']} is of {more['mask_image'].size}, --image {settings['image']} of "
             f"{more['image'].size}: they must be of one size"
         )
-    return InpaintPipeline.from_pretrained(model), more
+    return InpaintPipeline.from_pretrained(model, dtype=dtype), more
 
 
 def _picture(file: str, mode: str) -> Image:

@@ -31,6 +31,8 @@ class ConfigError(ValueError):
 
 def contradiction(config: Config) -> str | None:
     """What can be seen in one config alone."""
+    if problem := _kernels(config):
+        return problem
     if isinstance(config, AdaptConfig):
         return _adapting(config)
     data, model = config.data, config.model
@@ -78,6 +80,21 @@ def contradiction(config: Config) -> str | None:
     return None
 
 
+def _kernels(config: Config) -> str | None:
+    train = config.train
+    if train.deterministic and train.attention_backend == "xformers":
+        return (
+            "train.deterministic: xFormers' backward passes are not deterministic; take train.attention_backend auto, "
+            "whose kernels are"
+        )
+    convolutions = isinstance(config, AdaptConfig) or isinstance(config.model, UNetModel | VAEModel)
+    if train.channels_last is True and not convolutions:
+        return "train.channels_last is for a UNet or an autoencoder: this model has no convolutions to gain by it"
+    if train.channels_last is True and config.optimizer.name == "muon":
+        return "train.channels_last: Muon sees convolutions as matrices, which needs them contiguous; leave it out"
+    return None
+
+
 def _adapting(config: AdaptConfig) -> str | None:
     if config.data.random_crop:
         return "data.random_crop belongs to the autoencoder task alone"
@@ -119,7 +136,8 @@ def check_together(configs: Sequence[Config]) -> None:
         if where in made:
             raise ConfigError(f"{config.output_dir}: is the output_dir of two configs")
         if isinstance(config, AutoencoderConfig) and (config.loss.perceptual or "").startswith("clip:"):
-            part((config.loss.perceptual or "").removeprefix("clip:"), ClipConfig, made, "loss.perceptual")
+            clip = part((config.loss.perceptual or "").removeprefix("clip:"), ClipConfig, made, "loss.perceptual")
+            _check_resized(config, clip)
         if isinstance(config, DiffusionConfig):
             _check_diffusion(config, made)
         if isinstance(config, AdaptConfig):
@@ -127,6 +145,20 @@ def check_together(configs: Sequence[Config]) -> None:
         if isinstance(config, LatentRun):
             _check_tags(config)
         made[where] = config
+
+
+def _check_resized(config: AutoencoderConfig, clip: Any) -> None:
+    """Raises ConfigError where a perceptual loss has to resize what the run wants deterministic."""
+    side = clip.data.resolution if isinstance(clip, ClipConfig) else None
+    if clip and not isinstance(clip, ClipConfig):
+        side = clip.get("vision_config", clip).get("image_size", 224)
+    here = config.data.random_crop or config.data.resolution
+    if config.train.deterministic and side not in (None, here):
+        raise ConfigError(
+            f"{config.output_dir}: train.deterministic: {config.loss.perceptual} sees pictures of {side} px, and the "
+            f"gradient through the resizing from {here} px has no deterministic kernel on CUDA; take a CLIP of {here} "
+            "px, or no loss.perceptual"
+        )
 
 
 def no_stock_form(config: DiffusionConfig) -> str | None:

@@ -55,9 +55,10 @@ class Player:
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
-        """Within this context the network bears the weights that samples and exports use."""
+        """Within this context the network bears the weights that samples and exports use, and what is compiled of it
+        (``train.compile``) runs uncompiled: other sizes than the training step's would each be compiled anew."""
         try:
-            with self.optimizer.evaluating(), self.ema.swapped():
+            with self.optimizer.evaluating(), self.ema.swapped(), torch.compiler.set_stance("force_eager"):
                 sharded.reshard(self.module)
                 yield
         finally:

@@ -178,7 +178,7 @@ class Guarded:
             for ours, theirs in stepper.kept.items():
                 stepper.optimizer.state.pop(theirs, None)
                 if there := numbers.get(place[ours]):
-                    stepper.optimizer.state[theirs] = {k: placed(_float32(v), ours) for k, v in there.items()}
+                    stepper.optimizer.state[theirs] = {k: _float32(placed(v, ours)) for k, v in there.items()}
         self.steps, self.images = state["steps"], state["images"]
         self._set_rates()
 
@@ -195,10 +195,15 @@ def _float32(value: Any) -> Any:
 
 def placed(value: Any, like: Tensor) -> Any:
     """A tensor, which may be a stored one, where ``like`` is: on its device and, if it has its shape, sharded as it
-    is."""
+    is and in its order of memory, which the fused kernels take to be one for weight, gradient and state."""
     if not isinstance(value, Tensor | StoredTensor) or isinstance(value, DTensor):
         return value
-    return sharded.like(value, like) if value.shape == like.shape else read(value).to(like.device)
+    if value.shape != like.shape:
+        return read(value).to(like.device)
+    value = sharded.like(value, like)
+    if value.shape == like.shape and value.stride() != like.stride() and not isinstance(value, DTensor):
+        value = torch.empty_like(like, dtype=value.dtype).copy_(value)
+    return value
 
 
 # --- parts -----------------------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 from torch.utils.data import IterableDataset
 
-from . import measure, processes, zero
+from . import device, measure, processes, zero
 from .arithmetic import Memory, parameters, training_flops, training_memory
 from .base import frozen_bytes
 from .config import relocate
@@ -75,6 +75,7 @@ def report(
     opened = {} if opened is None else opened
     found: list[Rehearsal | None] = []
     too_large: list[str] = []
+    device.prepare(configs)
     with _undisturbed(), _room(configs) as room, all_fail_together(_accelerator(configs[0])):
         for i, config in enumerate(configs):
             before = [*earlier, *configs[:i]]
@@ -180,7 +181,8 @@ class _Telling:
         if lacking := [name for name in _parts(config) if Path(name).resolve() in {Path(m).resolve() for m in missing}]:
             add("not rehearsed", f"{lacking[0]}, on which it builds, is not made")
             return None
-        rehearsal = rehearse(inner, *self.rows, self.accelerator)
+        with device.kernels(config.train, len(self.rows[0].shapes)):
+            rehearsal = rehearse(inner, *self.rows, self.accelerator)
         add("a step", self._step(rehearsal, flops))
         add("memory, measured", f"{_bytes(rehearsal.memory)} at most, with everything that the run does")
         spent = {**rehearsal.seconds(config, self.world, pictures, captions), "data": opening}

@@ -140,12 +140,14 @@ def train_all(
     """
     if resume not in ("auto", "never") and len(configs) > 1:
         raise ConfigError(f"--resume {resume}: a checkpoint is of one run; give one config")
+    from . import device
     from .guards import Stages
     from .optim import check_optimizer
     from .processes import check_launcher
 
     check_launcher()
     check_together(configs)
+    device.prepare(configs)
     for config in configs:
         _restore(config, resume)
         check_folder(config)
@@ -165,7 +167,8 @@ def train_all(
             log.info("%s: already made, taken up", config.output_dir)
         else:
             stages.begin(config.output_dir)
-            train_one(config, *rows, inputs=inputs, resume=resume)
+            with device.kernels(config.train, len(rows[0].shapes)):
+                train_one(config, *rows, inputs=inputs, resume=resume)
 
 
 def _inputs_from_one(config: Config, train_rows: Any) -> dict[str, str]:

@@ -172,6 +172,8 @@ def is_recorded(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
 
 
 def _by_onednn(x: Tensor, weight: Tensor, recorded: bool) -> bool:
+    if torch.compiler.is_compiling():  # which would break its graph at what is asked below
+        return False
     large = x.numel() * weight.numel() >= (SMALL << recorded) * weight.shape[1]
     return large and _onednn_is_faster() and _is_plain(x, weight)
 
@@ -179,11 +181,11 @@ def _by_onednn(x: Tensor, weight: Tensor, recorded: bool) -> bool:
 def _is_plain(x: Tensor, weight: Tensor) -> bool:
     """float32 on a CPU, which nothing but an autograd graph looks at."""
     return (
-        x.device.type == "cpu"
+        not torch.compiler.is_compiling()  # first: the others break its graph
+        and x.device.type == "cpu"
         and x.dtype == weight.dtype == torch.float32
         and _has_onednn()
         and not torch.is_autocast_enabled("cpu")
-        and not torch.compiler.is_compiling()
         and not torch._C._are_functorch_transforms_active()
         and not torch._C._len_torch_dispatch_stack()  # something counts, fakes or traces the operations
         and torch.autograd.forward_ad._current_level < 0

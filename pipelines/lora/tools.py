@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..convert_files import DTYPES, shape
+from ..convert_files import shape
 from ..core import Parts
 from ..folder import check_replaceable, load_parts, save_parts
+from ..precision import DTYPES
 from ..stock import form_of
 from .algebra import extracted, fits, joined, merged, norm, one_alpha, resized
 from .files import FORMATS, Component, Format, Layer, LoraFile, family_of, look_into, read_lora, write_lora

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..convert_files import DTYPES, Entry, cast, write_safetensors
+from ..convert_files import Entry, cast, write_safetensors
 from ..convert_notes import HASH
+from ..precision import DTYPES
 from .kohya import COMPONENTS, FAMILIES, TEXT, Names, kohya_name, with_text_model
 from .layer import Component, LoraFile
 from .notes import notes, told_family

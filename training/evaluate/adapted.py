@@ -29,7 +29,9 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from pipelines.core import decode, encode
 from pipelines.lora.late import LateLora
+from pipelines.precision import sampling_dtype
 
 from ..openmoji import caption
 from ..styles import MARKER
@@ -148,15 +150,25 @@ class Painter:
     Args:
         run: what it has learnt is added to the base; None: the base alone.
         lora_from: the share of the steps that the base walks without the LoRA, where layouts are decided: ``LateLora``.
+        dtype: of the weights, as ``pipelines.precision.sampling_dtype`` takes it.
     """
 
-    def __init__(self, base: str, run: Path | None, steps: int, guidance_scale: float, lora_from: float = 0.0):
+    def __init__(
+        self,
+        base: str,
+        run: Path | None,
+        steps: int,
+        guidance_scale: float,
+        lora_from: float = 0.0,
+        dtype: str | None = None,
+    ):
         from pipelines.text_to_image import TextToImagePipeline
 
         whole = run is not None and (run / "pipeline").is_dir()
         folder = Path(base) / "pipeline" if (Path(base) / "pipeline").is_dir() else base
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.pipeline: Any = TextToImagePipeline.from_pretrained(run / "pipeline" if whole and run else folder)
+        kind, source = sampling_dtype(device, dtype), run / "pipeline" if whole and run else folder
+        self.pipeline: Any = TextToImagePipeline.from_pretrained(source, dtype=kind)
         if run is not None and not whole:
             if (run / "adapter" / "pytorch_lora_weights.safetensors").is_file():
                 self.pipeline.load_lora_weights(run)
@@ -179,9 +191,9 @@ class Painter:
     @torch.no_grad()
     def given_back(self, pictures: Tensor) -> Tensor:
         """(B, 3, H, W) uint8 -> what the autoencoder makes of them, in [0, 1]."""
-        vae, device = self.pipeline.parts.vae, self.pipeline.device
-        x = vae.decode(vae.encode(pictures.to(device).float() / 127.5 - 1).mean)
-        return (x / 2 + 0.5).clamp(0, 1).cpu()
+        vae, family = self.pipeline.vae, self.pipeline.text.family
+        latents = vae.latent_scale.normalize(encode(vae, pictures.float() / 127.5 - 1, family).mean)
+        return decode(vae, latents, family).float().cpu()
 
 
 def judge_style(
@@ -195,6 +207,7 @@ def judge_style(
     steps: int | None = None,
     guidance_scale: float | None = None,
     lora_from: float = 0.0,
+    dtype: str | None = None,
 ) -> dict[str, Any]:
     """Draw the concepts that the adaptation was not shown, and judge them. Before: the base, from its own captions.
 
@@ -210,6 +223,7 @@ def judge_style(
         prompts: so many of the held-out concepts; None: all.
         steps, guidance_scale: of the drawings; None: those of the run's own samples.
         lora_from: the share of the steps after which the LoRA acts; see ``Painter``.
+        dtype: of the weights; see ``Painter``.
     Raises:
         ValueError: something is not there, the two data sets have no concept in common, or ``lora_from`` is outside
             [0, 1), or above 0 where the run has no LoRA.
@@ -232,7 +246,8 @@ def judge_style(
         ("before", None, [plain[c] for c in concepts]),
         ("after", Path(run), [own.captions[i] for i in asked]),
     ):
-        pictures = Painter(base, source, steps, guidance_scale, lora_from).draw(texts, range(seed, seed + len(texts)))
+        painter = Painter(base, source, steps, guidance_scale, lora_from, dtype)
+        pictures = painter.draw(texts, range(seed, seed + len(texts)))
         seen = extract(features, pictures)
         found[when] = Found(
             kernel=kernel_distance(seen, goal[asked], labels, labels),
@@ -278,6 +293,7 @@ def judge_subject(
     steps: int | None = None,
     guidance_scale: float | None = None,
     lora_from: float = 0.0,
+    dtype: str | None = None,
 ) -> dict[str, Any]:
     """Draw a subject, its class and other concepts before and after, 16 drawings each, and judge them.
 
@@ -288,7 +304,7 @@ def judge_subject(
     base's autoencoder gives them back, below which training behind it hardly comes.
 
     Args:
-        run, data, out, steps, guidance_scale, lora_from: as of ``judge_style``; files are written as there.
+        run, data, out, steps, guidance_scale, lora_from, dtype: as of ``judge_style``; files are written as there.
         subject: pictures of it, as ``ldm data subject`` makes them: those to train on, and some to judge by.
         prompt: what draws it, as "a sks toy"; None: the run's first ``instance_prompt``.
         concept: its class, one of the concepts of ``data``; None: what ``ldm data subject`` made the pictures of.
@@ -318,7 +334,7 @@ def judge_subject(
     found, drawn = {}, {}
     for when, source, named in (("before", None, caption(concept)), ("after", Path(run), prompt)):
         texts = [named] * PER_PROMPT + asked
-        painter = Painter(base, source, steps, guidance_scale, lora_from)
+        painter = Painter(base, source, steps, guidance_scale, lora_from, dtype)
         pictures = painter.draw(texts, range(seed, seed + len(texts)))
         if source is None:
             given_back = extract(features, painter.given_back(shown_to_it))

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pipelines.precision import dtype_name
+
 from ..data import Rows, open_rows
 from ..pictures import dimensions
 from . import measures as m
@@ -42,6 +44,8 @@ class Asked:
     likelihoods: held-out pictures whose bits per dimension are found.
     resolution: side at which pictures are compared; None: what the pipeline draws.
     cache: folder for the features of real pictures; None: that of ``datasets``.
+    dtype: of the weights that draw, as ``pipelines.precision.sampling_dtype`` takes it; the loss and the bits are
+        computed in float32.
     """
 
     measures: tuple[str, ...] | None = None
@@ -60,6 +64,7 @@ class Asked:
     caption_column: str = "text"
     resolution: int | None = None
     cache: Path | None = None
+    dtype: str | None = None
 
     def __post_init__(self) -> None:
         unknown = [x for x in self.measures or () if x not in MEASURES]
@@ -117,7 +122,7 @@ def evaluate(source: str | Path, data: str | Path, out: str | Path, asked: Asked
     judge = ClipScore(clip, asked.where) if clip is not None and "clip_score" in wanted else None
     painter, drawn, folder = None, Drawn([], []), None
     if is_pipeline:
-        painter = Painter(source, asked.where, asked.steps, asked.guidance_scale, asked.sampler)
+        painter = Painter(source, asked.where, asked.steps, asked.guidance_scale, asked.sampler, asked.dtype)
     train, held_out = _rows(data, asked, source, painter)
     side = train.resolution
     if len(held_out) < LEAST_REAL["nearest"] and asked.measures is None:
@@ -140,6 +145,7 @@ def evaluate(source: str | Path, data: str | Path, out: str | Path, asked: Asked
     if painter is not None:
         about |= {"steps": asked.steps, "guidance": asked.guidance_scale}
         about |= {"sampler": asked.sampler or "the folder's own", "weights": painter.weights}
+        about |= {"dtype": dtype_name(painter.dtype)}
     found = Evaluated({}, about, notes, drawn, train, side)
     groups = _groups(drawn)
     if net is not None:
@@ -326,7 +332,8 @@ def _take_model(
     folder: Path | None,
     progress: Progress,
 ) -> None:
-    parts, seed = painter.pipeline.parts, asked.seed
+    seed = asked.seed
+    parts = painter.in_float32() if {"loss", "bits"} & {*wanted} else painter.pipeline.parts
     if "loss" in wanted:
         from .measures_model import held_out_losses, levels
 

@@ -14,24 +14,46 @@ from typing import Any
 import torch
 from PIL import Image
 
+from pipelines.core import Parts
+from pipelines.folder import load_parts
+from pipelines.precision import dtype_name, sampling_dtype
+
 from .grids import to_pil
 from .measures_data import Drawn, Progress, Prompt
 from .retrieval import weights_of
 
 
 class Painter:
-    """A pipeline, and how it is asked to draw."""
+    """A pipeline, and how it is asked to draw; ``dtype`` as ``sampling_dtype`` takes it."""
 
-    def __init__(self, folder: Path, device: torch.device, steps: int, guidance_scale: float, sampler: str | None):
+    def __init__(
+        self,
+        folder: Path,
+        device: torch.device,
+        steps: int,
+        guidance_scale: float,
+        sampler: str | None,
+        dtype: str | None = None,
+    ):
         from ldm.sampling import SAMPLERS
         from pipelines.text_to_image import TextToImagePipeline
 
         if sampler is not None and sampler not in SAMPLERS:
             raise ValueError(f"sampler {sampler!r} is not one of {', '.join(SAMPLERS)}")
-        self.device, self.weights = device, weights_of(folder)
-        self.pipeline: Any = TextToImagePipeline.from_pretrained(folder).to(device)
+        self.folder, self.device, self.dtype = folder, device, sampling_dtype(device, dtype)
+        self.weights = weights_of(folder)
+        self.pipeline: Any = TextToImagePipeline.from_pretrained(folder, dtype=self.dtype).to(device)
         self.pipeline.set_progress_bar_config(disable=True)
         self.call = {"num_inference_steps": steps, "guidance_scale": guidance_scale, "sampler": sampler}
+
+    def in_float32(self) -> Parts:
+        """The folder's parts on the device, in which a loss or a likelihood keeps its digits."""
+        if self.dtype == torch.float32:
+            return self.pipeline.parts
+        parts = load_parts(self.folder)
+        for part in (parts.net, parts.vae, parts.text):
+            part.to(self.device)
+        return parts
 
     def draw(
         self, order: Sequence[Prompt], count: int, seed: int, batch_size: int, place: Path, progress: Progress
@@ -44,6 +66,8 @@ class Painter:
         """
         asked = {"weights": self.weights, "seed": seed, "size": self.pipeline.parts.size, **self.call}
         asked["prompts"] = hashlib.sha256("\0".join(x.text for x in order).encode()).hexdigest()
+        if self.dtype != torch.float32:  # those in float32 keep the folder names that they had
+            asked["dtype"] = dtype_name(self.dtype)
         prompts = [order[i % len(order)] for i in range(count)]
         name = hashlib.sha256(json.dumps(asked, sort_keys=True, default=str).encode()).hexdigest()[:12]
         folder = place / name

@@ -124,6 +124,7 @@ def evaluate_retrieval(
     caption_column: str = "text",
     features: str = "mobilenetv2",
     device: str | torch.device | None = None,
+    dtype: str | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Draw every prompt of a data set with a pipeline and have the drawings judged.
@@ -140,17 +141,20 @@ def evaluate_retrieval(
         samples_per_prompt: drawings of each prompt; the intervals count prompts.
         features: the judge, a name in ``features.FEATURES``.
         device: left out, CUDA where there is one.
+        dtype: of the pipeline's weights, as ``pipelines.precision.sampling_dtype`` takes it.
         progress: called with (pictures drawn, of how many) after each batch.
     Raises:
         ValueError: no such folder, no judge, no rows (DataError).
     """
+    from pipelines.precision import dtype_name, sampling_dtype
     from pipelines.text_to_image import TextToImagePipeline
 
     from ..data import open_rows
 
     net = load_features(features)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    pipeline: Any = TextToImagePipeline.from_pretrained(pipeline_folder).to(device)
+    kind = sampling_dtype(device, dtype)
+    pipeline: Any = TextToImagePipeline.from_pretrained(pipeline_folder, dtype=kind).to(device)
     pipeline.set_progress_bar_config(disable=True)
     rows = open_rows(
         data_path,
@@ -182,6 +186,8 @@ def evaluate_retrieval(
         "data": str(data_path),
         "pictures": rows.fingerprint,
     }
+    if kind != torch.float32:  # what was evaluated in float32 is taken up as before
+        asked["dtype"] = dtype_name(kind)
     earlier = _earlier(out, asked)
     if earlier is not None:
         log.info("%s: already evaluated, taken up", out / "evaluation.json")

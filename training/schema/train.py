@@ -19,6 +19,9 @@ class Train(Section):
     attention_backend: Literal["auto", "xformers", "flash", "sdpa", "plain"] = "auto"
     gradient_checkpointing: Share = 0.0  # share of the blocks recomputed in the backward pass; true: all
     compile: bool = False  # torch.compile, block by block
+    allow_tf32: bool = True  # float32 products on CUDA by TF32 units: 10 bits of mantissa, several times as fast
+    channels_last: Literal["auto"] | bool = "auto"  # memory order of a UNet or an autoencoder; auto: off
+    deterministic: bool = False  # the same bits from every run on a GPU too, by slower kernels; a CPU's always are
     num_workers: Annotated[int, Field(ge=0)] = 0
     report_to: Literal["tensorboard", "wandb", "trackio", "none"] = "tensorboard"  # beside RUN/log/metrics.jsonl
     log_every: Positive = 1_000

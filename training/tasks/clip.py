@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
+from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 
 from ldm.models.bpe import train_tokenizer
 
@@ -21,7 +22,7 @@ from ..data import Rows
 from ..loop import Batch
 from ..processes import check_whole, gathered_rows
 from ..schema import ClipConfig
-from .common import player
+from .common import compile_modules, player
 
 MEASURED, AT_ONCE = 256, 64  # held-out pictures, and how many of them go through the towers together
 
@@ -68,6 +69,8 @@ class ClipTask:
         words = self.tokenizer
         start, end = cast(int, words.bos_token_id), cast(int, words.eos_token_id)
         self.clip = CLIPModel(clip_config(config, len(words), words.model_max_length, start, end))
+        if config.train.compile:
+            compile_modules([part for part in self.clip.modules() if isinstance(part, CLIPEncoderLayer)])
         self.rows = PictureBatches(train, config.seed, ids=self._ids(train), flip=config.data.random_flip)
         self.test = PictureBatches(held_out, config.seed, ids=self._ids(held_out))
         self.players = [player("clip", Contrast(self.clip), self.loss, config, accelerator)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -12,6 +12,8 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from ldm.models.base import Network
+from ldm.models.unet import UNet
+from ldm.models.vae import VAE
 
 from .. import zero
 from ..ema import EMA
@@ -24,6 +26,7 @@ from ..schema.optim import EMA as EMAConfig
 from ..schema.optim import AnyOptimizer
 
 Net = TypeVar("Net", bound=Network)
+BACKEND = "inductor"  # of torch.compile
 Loss = Callable[[Batch, int], tuple[Tensor, dict[str, Tensor]]]
 
 
@@ -75,7 +78,12 @@ def tuned(net: Net, how: Train) -> Net:
 
     Raises:
         ValueError, RuntimeError: the attention backend cannot be had here, and why.
+        ConfigError: a network without convolutions in another order of memory.
     """
+    if how.channels_last is True:
+        if not isinstance(net, UNet | VAE):
+            raise ConfigError(f"train.channels_last: {type(net).__name__} has no convolutions to gain by it")
+        net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     net.set_attention_backend(how.attention_backend)
     if how.gradient_checkpointing:
         net.enable_gradient_checkpointing(how.gradient_checkpointing)
@@ -93,13 +101,9 @@ def check_attention(net: Network, how: Train, accelerator: Accelerator) -> None:
         raise ConfigError(f"train.attention_backend: {error}") from error
 
 
-def compile_blocks(net: Network, backend: str | Callable = "inductor", dynamic: bool | None = False) -> int:
-    """Compile each block of the network by itself (regional compilation): blocks of one class and the same sizes share
-    their code, so that it is made once and quickly. Parameters keep their names.
+def compile_blocks(net: Network, backend: str | Callable | None = None, dynamic: bool | None = False) -> int:
+    """``compile_modules`` of the network's blocks.
 
-    Args:
-        dynamic: torch's: False makes code for each size of a block and each shape of picture, the fastest; None makes
-            one for all once a second is seen.
     Returns:
         how many blocks there are.
     Raises:
@@ -108,9 +112,26 @@ def compile_blocks(net: Network, backend: str | Callable = "inductor", dynamic: 
     blocks = net.blocks()
     if not blocks:
         raise ConfigError(f"train.compile: {type(net).__name__} has no blocks that repeat; leave it off")
-    limits: Any = torch._dynamo.config  # at its 8 versions of a function, torch goes on uncompiled: a UNet has more
-    limits.recompile_limit = max(limits.recompile_limit, 16 * len(blocks))
-    limits.accumulated_recompile_limit = max(limits.accumulated_recompile_limit, 16 * len(blocks))
-    for block in blocks:
-        block.compile(backend=backend, dynamic=dynamic)
+    compile_modules(blocks, backend, dynamic)
     return len(blocks)
+
+
+def compile_modules(
+    modules: Sequence[nn.Module], backend: str | Callable | None = None, dynamic: bool | None = False
+) -> None:
+    """Compile each module by itself (regional compilation): those of one class and the same sizes share their code, so
+    that it is made once and quickly. Parameters keep their names.
+
+    Only the training step runs it: validation, samples and exports, whose batches have other sizes, run as they are
+    (``loop.Player.averaged``).
+
+    Args:
+        backend: ``BACKEND`` by default.
+        dynamic: torch's: False makes code for each size of a block and each shape of picture, the fastest; None makes
+            one for all once a second is seen.
+    """
+    limits: Any = torch._dynamo.config  # at its 8 versions of a function, torch goes on uncompiled: a UNet has more
+    limits.recompile_limit = max(limits.recompile_limit, 16 * len(modules))
+    limits.accumulated_recompile_limit = max(limits.accumulated_recompile_limit, 16 * len(modules))
+    for module in modules:
+        module.compile(backend=backend or BACKEND, dynamic=dynamic)

@@ -27,6 +27,7 @@ from ldm.models.text import TextEncoder
 from ldm.models.unet import UNet
 from pipelines.core import Parts, generate, with_sizes
 from pipelines.folder import save_parts
+from pipelines.precision import cast_parts, sampling_dtype
 from pipelines.schedulers import default_schedule
 
 from ..adapt import Captions, Trained, check_prompts, opened, reading, write_adapter
@@ -245,13 +246,14 @@ class DiffusionTask:
         call: Any = dict(steps=how.num_inference_steps, guidance_scale=how.guidance_scale, generator=generators)
         call |= {"long_prompt": "chunk"} if self.config.data.long_captions == "chunk" else {}
         with self._at_rest():
+            parts = cast_parts(self.parts, sampling_dtype(self.device))  # the user's default, to draw what they will
             if self.conditioner is None:
-                pictures = generate(self.parts, prompts, **call)
+                pictures = generate(parts, prompts, **call)
             else:
-                pictures = self.conditioner.draw(self.parts, prompts, self._shown(len(prompts)), **call)
+                pictures = self.conditioner.draw(parts, prompts, self._shown(len(prompts)), **call)
         self.encoders.free(**self.cached)
         file.parent.mkdir(parents=True, exist_ok=True)
-        picture_grid(pictures.cpu(), prompts).save(file)
+        picture_grid(pictures.float().cpu(), prompts).save(file)
 
     def _shown(self, count: int) -> Batch:
         """Held-out rows of one shape, over and over: what a network that is shown more than a prompt draws from."""
