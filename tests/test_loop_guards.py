@@ -9,14 +9,16 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
-from torch import Tensor
+from torch import Tensor, nn
 
 from tests.toy import IMAGES, ROWS, Numbers, Toy, differing, ended, go, logged, settings, started
 from training import checkpoint, guards
 from training.clock import ImageClock
-from training.gradients import OutOfMemory
+from training.gradients import OutOfMemory, is_out_of_memory
 from training.guards import Diverged, Watchman
 from training.loop import Interrupted, train
+from training.optim import Guarded
+from training.schema.optim import AdamW
 
 ORDER = [row for batch in ImageClock(ROWS, 1, 5, 0, IMAGES) for _, row in batch]
 
@@ -134,6 +136,60 @@ def test_the_host_does_not_wait_for_a_gpu(monkeypatch):
     assert reads == [0, 1, 2, 3]
 
 
+class _Event:
+    def record(self) -> None: ...
+    def synchronize(self) -> None: ...
+
+
+@pytest.fixture
+def late(monkeypatch):
+    """A step's numbers are read one step late, as on a GPU."""
+    init = Watchman.__init__
+
+    def on_gpu(self: Watchman, *args) -> None:
+        init(self, *args)
+        self.late = True
+
+    monkeypatch.setattr(torch.cuda, "Event", _Event)
+    monkeypatch.setattr(Watchman, "__init__", on_gpu)
+
+
+def _stopped(run: Path, bad: tuple[int, ...] = ()) -> dict:
+    """What the checkpoint of a stop knows: SIGTERM comes in the step from image 32, and is obeyed one step later."""
+
+    def act(images: int) -> None:
+        if images == 32:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(Interrupted):
+        go(run, act=act, rows=Numbers(bad=bad), config={"checkpoint_every": 1000})
+    return checkpoint.load(checkpoint.listed(run / "checkpoints")[-1])[1]
+
+
+def test_a_checkpoint_made_on_a_stop_knows_its_last_step(late, tmp_path: Path, caplog):
+    state = _stopped(tmp_path / "a")
+    assert state["images"] == 48 and state["watch"]["means"]["net"][1] == state["steps"] == 6
+    row = next(row for row in ORDER[40:48] if row not in ORDER[:40] or ORDER[:40].count(row) < 2)
+    with caplog.at_level(logging.WARNING, "training"):
+        state = _stopped(tmp_path / "b", bad=(row,))
+    assert any("net: update skipped, no finite gradient at image 40, rows" in text for text in warned(caplog))
+    assert state["watch"]["skips"]["net"] == 1
+
+
+def test_a_run_that_was_stopped_is_watched_as_one_that_was_not(late, tmp_path: Path):
+    _stopped(tmp_path / "a")
+    go(tmp_path / "a")
+    go(tmp_path / "b")
+    one, two = (checkpoint.load(checkpoint.listed(tmp_path / run / "checkpoints")[-1])[1] for run in "ab")
+    assert one["watch"] == two["watch"]
+
+
+def test_the_best_checkpoint_knows_its_last_step(late, tmp_path: Path):
+    go(tmp_path, config={"keep_best": True, "best_metric": "held_out", "checkpoint_every": 1000, "images": 48})
+    best = checkpoint.load(tmp_path / "checkpoints" / "images_000000024")[1]
+    assert best["watch"]["means"]["net"][1] == best["steps"] == 3
+
+
 # --- spikes ----------------------------------------------------------------------------------------------------------
 
 
@@ -178,6 +234,76 @@ def test_a_lack_of_memory_says_what_would_fit(tmp_path: Path):
     assert "3 at once fit: set train.batch_size: 3 and train.gradient_accumulation_steps: 8" in text
     with pytest.raises(OutOfMemory, match=r"not even one fits: lower data\.resolution"):
         go(tmp_path, memory=0)
+
+
+SAID = {
+    "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.11 GiB": True,
+    "CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported at some other API call": True,
+    "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`": True,
+    "cuDNN error: CUDNN_STATUS_ALLOC_FAILED": True,
+    "cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED": True,
+    "cuDNN error: CUDNN_STATUS_NOT_SUPPORTED. This error may appear if you passed in a non-contiguous input.": True,
+    "Unable to find a valid cuDNN algorithm to run convolution": True,
+    "GET was unable to find an engine to execute this computation": True,
+    "cusolver error: CUSOLVER_STATUS_ALLOC_FAILED, when calling `cusolverDnCreate(handle)`": True,
+    "HIP out of memory. Tried to allocate 20.00 MiB": True,
+    "MPS backend out of memory (MPS allocated: 8.00 GB)": True,
+    "Triton Error [CUDA]: out of memory": True,
+    "NCCL error in: ProcessGroupNCCL.cpp:3690, unhandled cuda error, NCCL version 2.27.5\nncclUnhandledCudaError: Call "
+    "to CUDA function failed.\nLast error:\nCuda failure 2 'out of memory'": True,
+    "ncclUnhandledCudaError: Call to CUDA function failed.\nLast error:\nFailed to CUDA calloc async 4 bytes": True,
+    "[enforce fail at alloc_cpu.cpp:125] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate "
+    "8 bytes. Error code 12 (Cannot allocate memory)": True,
+    "CUDA error: an illegal memory access was encountered": False,
+    "CUDA error: device-side assert triggered": False,
+    "CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasGemmEx`": False,
+    "out of resource: shared memory, Required: 264224, Hardware limit: 232448. Reducing block sizes may help.": False,
+    "NCCL error: remote process exited or there was a network error": False,
+    "mat1 and mat2 shapes cannot be multiplied (2x3 and 4x5)": False,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("text", SAID)
+def test_a_lack_of_memory_is_known_by_what_libraries_say(text: str):
+    assert is_out_of_memory(RuntimeError(text)) == SAID[text]
+    assert is_out_of_memory(torch.OutOfMemoryError(text)) and not is_out_of_memory(ValueError(text))
+
+
+@pytest.mark.parametrize(
+    ("where", "said"),
+    [
+        ("step", r"in the optimizer's step of net at image 0: CUDA error: out of memory; a smaller batch does not help:"
+                 r" adamw keeps 8 bytes for each of the 76 weights .* adamw_8bit .* Nothing of this step is saved"),
+        ("held_out", "while validating at image 24: CUDA error: out of memory; it holds the weights twice"),
+        ("sample", "while drawing samples at image 24: CUDA error: out of memory; .* the newest checkpoint is whole"),
+    ],
+)  # fmt: skip
+def test_a_lack_of_memory_outside_of_the_gradients_is_named(where: str, said: str, tmp_path: Path, monkeypatch):
+    def full(*_args) -> None:
+        raise RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported")
+
+    monkeypatch.setattr(Guarded if where == "step" else Toy, where, full)
+    with pytest.raises(OutOfMemory, match=said):
+        go(tmp_path, config={"on_out_of_memory": "halve"})
+    assert checkpoint.listed(tmp_path / "checkpoints") == []
+
+
+def test_fused_adamw_makes_all_its_state_before_it_changes_a_weight(monkeypatch):
+    """A first step that lacks memory for the state of the last weight leaves the others as they were."""
+    net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    guarded = Guarded(net.named_parameters(), AdamW(learning_rate=1.0), 100)
+    net(torch.ones(2, 4)).sum().backward()
+    before, zeros, count = [p.detach().clone() for p in net.parameters()], torch.zeros_like, iter(range(100))
+
+    def full(*args, **kw) -> Tensor:
+        if next(count) == 6:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return zeros(*args, **kw)
+
+    monkeypatch.setattr(torch, "zeros_like", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        guarded.step()
+    assert all(p.equal(q) for p, q in zip(net.parameters(), before, strict=True))
 
 
 def test_sizes_are_told_as_people_say_them():

@@ -164,6 +164,26 @@ def test_a_full_disk_of_one_ends_all(tmp_path: Path):
     assert "process 0: " in (tmp_path / "said.1").read_text()
 
 
+@pytest.mark.parametrize("linger", [0, 20])
+def test_a_lack_of_memory_in_one_process_ends_all_with_its_message(linger: int, tmp_path: Path):
+    """The loss gathers from all: nothing can be tried in halves. The other leaves when the collective breaks off, or
+    (as with NCCL, while the one that failed is still there) when it reads the note."""
+    how: dict[str, Any] = {"gathers": True, "linger": linger, "say": str(tmp_path / "said")}
+    made = started(tmp_path / "run", 2, at={48: ("memory", 1)}, **how)
+    other = ended(made[:1], 18)[0]
+    if linger:
+        made[1].kill()
+    last = ended(made[1:], 10)[0]
+    assert other == (2 if linger else 1) and last == (-signal.SIGKILL if linger else 1)
+    text = "out of memory at image 48 with 4 images (train.batch_size 4): CUDA out of memory. Tried to allocate 2.00"
+    own, others = ((tmp_path / f"said.{rank}").read_text() for rank in (1, 0))
+    assert text in own and "try half, train.batch_size: 2 with train.gradient_accumulation_steps: 4" in own
+    assert f"process 1: {text}" in others and "dead or stuck" not in others
+    assert checkpoint.images_of(checkpoint.listed(tmp_path / "run" / "checkpoints")[-1]) == 48
+    if not linger:  # an old note does not end the run that goes on
+        assert together(tmp_path / "run", 2, gathers=True) == [0, 0]
+
+
 # --- parts -----------------------------------------------------------------------------------------------------------
 
 

@@ -82,9 +82,11 @@ class Toy:
         optimizer: dict[str, Any] | None = None,
         share_out: bool = False,
         memory: int | None = None,
+        gathers: bool = False,
     ):
         self.act, self.rows, self.files, self.seen = act, rows or Numbers(), [], []
         self.per_step, self.how, self.share_out, self.memory = per_step, optimizer or {}, share_out, memory
+        self.gathers = gathers  # in the loss, as CLIP's
         torch.manual_seed(3)
         net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Dropout(dropout), nn.Linear(8, 4))
         critic = nn.Linear(4, 1)
@@ -109,6 +111,8 @@ class Toy:
         self.seen += batch["index"].tolist()
         y = self.players[0].module(batch["x"])
         batch["y"] = y.detach()
+        if self.gathers:
+            processes.gathered_rows(y.detach())
         loss = (y - batch["x"]).square().mean()
         return loss, {"loss": loss}
 
@@ -188,7 +192,8 @@ def differing(a: dict[str, Tensor], b: dict[str, Tensor]) -> list[str]:
 
 def child(run: Path, rank: int, world: int, port: int, how: dict[str, Any]) -> None:
     """What a launcher's process does. ``how``: go's arguments; ``at``: image -> (what, rank) to happen to it there;
-    ``stream``; ``say``: a file for its messages; ``group``: in a process group of its own."""
+    ``stream``; ``say``: a file for its messages; ``group``: in a process group of its own; ``linger``: seconds between
+    its last words and its end."""
     place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ.update({k: str(v) for k, v in place.items()} if world > 1 else {}, ACCELERATE_USE_CPU="true")
     torch.set_num_threads(1)
@@ -197,6 +202,7 @@ def child(run: Path, rank: int, world: int, port: int, how: dict[str, Any]) -> N
     if how.pop("group", False):
         os.setpgrp()
     at, stream, say, bad = how.pop("at", {}), how.pop("stream", False), how.pop("say", None), how.pop("bad", {})
+    linger = how.pop("linger", 0)
     if say:
         handle = os.open(f"{say}.{rank}", os.O_CREAT | os.O_WRONLY | os.O_APPEND)
         os.dup2(handle, 2)
@@ -213,6 +219,8 @@ def child(run: Path, rank: int, world: int, port: int, how: dict[str, Any]) -> N
             os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(1.2)
             os.kill(os.getpid(), signal.SIGTERM)
+        elif what == "memory":
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
         elif what == "raise":
             raise ValueError(f"process {rank} met something")
         else:
@@ -229,6 +237,7 @@ def child(run: Path, rank: int, world: int, port: int, how: dict[str, Any]) -> N
         go(run, accelerator=accelerator, act=act, made=tasks, **how)
     except Exception as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        time.sleep(linger)
         os._exit(1)
     finally:
         if tasks:

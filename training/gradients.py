@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import math
-from contextlib import nullcontext
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -44,7 +46,9 @@ def gradients(
         _forget(player)
         biggest = max(pieces, key=lambda piece: len(piece["index"]))
         if config.on_out_of_memory == "stop" or len(biggest["index"]) == 1:
-            raise OutOfMemory(_what_fits(player, biggest, images, accelerator, config, said))
+            text = f"out of memory at image {images} with {sizes(biggest)} (train.batch_size {config.batch_size})"
+            what = _halved if accelerator.num_processes > 1 else _what_fits
+            raise OutOfMemory(f"{text}: {said}; {what(player, biggest, images, accelerator, config)}")
         pieces = [half for piece in pieces for half in halves(piece)]
         log.warning("out of memory at image %d with %s: going on in halves of that", images, sizes(biggest))
 
@@ -74,9 +78,8 @@ def _forget(player: Player) -> None:
         torch.cuda.empty_cache()
 
 
-def _what_fits(player: Player, batch: Batch, images: int, accelerator: Accelerator, config: Train, said: str) -> str:
-    """The message: found out by trying halves of what did not fit."""
-    text = f"out of memory at image {images} with {sizes(batch)} (train.batch_size {config.batch_size}): {said}"
+def _what_fits(player: Player, batch: Batch, images: int, accelerator: Accelerator, config: Train) -> str:
+    """The end of the message: found out by trying halves of what did not fit."""
     smaller, fits = batch, 0
     while not fits and len(smaller["index"]) > 1:
         smaller = halves(smaller)[0]
@@ -88,11 +91,24 @@ def _what_fits(player: Player, batch: Batch, images: int, accelerator: Accelerat
                 raise
         _forget(player)
     if not fits:
-        return f"{text}; not even one fits: lower data.resolution, or set train.gradient_checkpointing: 1"
+        return "not even one fits: lower data.resolution, or set train.gradient_checkpointing: 1"
     steps = config.gradient_accumulation_steps * math.ceil(config.batch_size / fits)
     return (
-        f"{text}; {fits} at once fit: set train.batch_size: {fits} and train.gradient_accumulation_steps: {steps}, or "
+        f"{fits} at once fit: set train.batch_size: {fits} and train.gradient_accumulation_steps: {steps}, or "
         "train.on_out_of_memory: halve, or train.gradient_checkpointing: 1"
+    )
+
+
+def _halved(_player: Player, _batch: Batch, _images: int, accelerator: Accelerator, config: Train) -> str:
+    """The end of the message where several processes train: nothing can be tried, since the others wait in a collective
+    of this step (DDP's reduction, FSDP2's and ZeRO's weights, CLIP's batch), which a smaller batch would not match."""
+    half = config.batch_size // 2
+    if not half:
+        return "set train.gradient_checkpointing: 1, or lower data.resolution"
+    steps = config.gradient_accumulation_steps * math.ceil(config.batch_size / half)
+    return (
+        f"try half, train.batch_size: {half} with train.gradient_accumulation_steps: {steps} (as many images in a step), "
+        "or set train.gradient_checkpointing: 1"
     )
 
 
@@ -107,10 +123,47 @@ def parted(batch: Batch, pieces: int) -> list[Batch]:
 # --- memory ---------------------------------------------------------------------------------------------------------
 
 
+# What libraries say beside torch's own class of error: CUDA ("CUDA error: out of memory"), HIP, MPS, Triton and NCCL
+# ("Cuda failure 2 'out of memory'"), the CPU's allocator, cuBLAS's, cuDNN's and cuSOLVER's statuses, and what cuDNN says
+# where the workspace of every algorithm is too large.
+NO_MEMORY = re.compile(
+    r"out of memory|not enough memory|can(no|')t allocate memory|_ALLOC(ATION)?_FAILED|Failed to CUDA [cm]alloc"
+    r"|CUDNN_STATUS_NOT_SUPPORTED|[Uu]nable to find (a valid cuDNN algorithm|an engine to execute)",
+    re.IGNORECASE,
+)
+
+
 def is_out_of_memory(error: BaseException) -> bool:
-    """Of a GPU, or of the CPU's allocator, which has no class of its own."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
-        isinstance(error, RuntimeError) and ("not enough memory" in str(error) or "can't allocate memory" in str(error))
+    """Whether a device or the host had too little memory: by torch's class, or by what the error says."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and NO_MEMORY.search(str(error)) is not None
+
+
+@contextmanager
+def naming_memory(what: str, remedy: Callable[[], str]) -> Iterator[None]:
+    """A lack of memory within this context becomes an ``OutOfMemory``.
+
+    Args:
+        what: was being done.
+        remedy: end of the message.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if isinstance(error, OutOfMemory) or not is_out_of_memory(error):
+            raise
+        raise OutOfMemory(f"out of memory {what}: {str(error).splitlines()[0]}; {remedy()}") from error
+
+
+def smaller_state(player: Player) -> str:
+    """The end of the message where the optimizer's step does not fit, which the batch has no part in. The step may have
+    changed some of the weights (fused AdamW allocates all of its state before it changes any), so the run must end."""
+    config, count = player.optimizer.config, sum(p.numel() for p in player.optimizer.parameters)
+    return (
+        f"a smaller batch does not help: {config.name} keeps {config.state_bytes:g} bytes for each of the {count:,} "
+        f"weights that train ({config.state_bytes * count / 2**30:.2f} GiB), the average 4; set optimizer.name: "
+        "adamw_8bit (2 bytes) or adafactor (0.1), or ema.device: cpu, or train a LoRA. Nothing of this step is saved"
     )
 
 

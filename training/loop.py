@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,7 +19,7 @@ from torch.utils.data import Dataset, IterableDataset
 from . import checkpoint, measure, sharded, state
 from .ema import EMA
 from .fit import ConfigError
-from .gradients import OutOfMemory, gradients, parted
+from .gradients import OutOfMemory, gradients, naming_memory, parted, smaller_state
 from .guards import Diverged, Interrupted, Stages, StopSignals, Watchman
 from .journal import Journal, Window
 from .loader import Batch, Feed
@@ -160,7 +161,7 @@ def train(
     with (
         StopSignals().caught() as told,
         Pulse(run / "log", accelerator, 60 * config.timeout_minutes).beating() as pulse,
-        _naming_the_lost(pulse),
+        _leaving_together(pulse),
         closing(saver),
         closing(feed.batches()) as batches,
         journal.progress(config.images, now.images) as show,
@@ -176,15 +177,17 @@ def train(
                     continue
                 pulse.at(f"training {player.name}")
                 loss, pieces = gradients(player, pieces, now.images, accelerator, config, window)
-                norm, skipped = player.optimizer.step()
-                player.ema.update(player.optimizer.steps - 1, now.images + per_step, skipped)
+                what = f"in the optimizer's step of {player.name} at image {now.images}"
+                with naming_memory(what, partial(smaller_state, player)):
+                    norm, skipped = player.optimizer.step()
+                    player.ema.update(player.optimizer.steps - 1, now.images + per_step, skipped)
                 window.add({f"{player.name}_grad_norm": norm}, accelerator.num_processes)
                 moved[player.name] = (loss, skipped)
             now.pieces = max(now.pieces, len(pieces) // len(micros))
             before, now.images, now.steps = now.images, now.images + per_step, now.steps + 1
             asked = watchman.look(before, bool(told), rows, moved)
-            if now.images >= config.images or due(config.checkpoint_every):
-                asked |= watchman.settle()
+            if asked or due(config.checkpoint_every) or (config.keep_best and due(config.validate_every)):
+                asked |= watchman.settle()  # a checkpoint knows its last step, which is read one step late on a GPU
             if due(config.log_every):
                 means = window.means(accelerator)
                 speed = (now.images - images_start) / (time.perf_counter() - clock_start)
@@ -198,14 +201,15 @@ def train(
             best = None
             if due(config.validate_every):
                 pulse.at("validating")
-                measures = task.held_out()
+                with naming_memory(f"while validating at image {now.images}", _room):
+                    measures = task.held_out()
                 journal.write(now.images, measures)
                 told_of = {k: v for k, v in measures.items() if "_at_" not in k}
                 journal.say(f"{now.images:,} images: " + ", ".join(f"{k} {v:.4g}" for k, v in told_of.items()))
                 best = _best(measures, config, now)
             if due(config.sample_every):
                 pulse.at("drawing samples")
-                with whole(players, accelerator):
+                with naming_memory(f"while drawing samples at image {now.images}", _room), whole(players, accelerator):
                     if main:
                         sheet = run / "samples" / f"images_{now.images:09d}.png"
                         task.sample(sheet)
@@ -258,12 +262,26 @@ def _best(measures: dict[str, float], config: Train, now: state.Progress) -> dic
     return {"metric": metric, "value": value, "images": now.images}
 
 
+def _room() -> str:
+    """The end of the message where validation or a grid does not fit."""
+    return (
+        "it holds the weights twice and the average, and the encoders: set ema.device: cpu, or draw fewer pictures "
+        "(sample.prompts); the newest checkpoint is whole"
+    )
+
+
 @contextmanager
-def _naming_the_lost(pulse: Pulse) -> Iterator[None]:
-    """A collective that breaks off says which process it missed."""
+def _leaving_together(pulse: Pulse) -> Iterator[None]:
+    """Where one process lacks memory, all leave with its message; a collective that breaks off says which process it
+    missed."""
     try:
         yield
+    except OutOfMemory as error:
+        pulse.leave(str(error))
+        raise
     except RuntimeError as error:
         if pulse.world > 1 and lost_peer(error):
+            if text := pulse.left():
+                raise OutOfMemory(text) from error
             raise RuntimeError(f"{pulse.missing(wait=True)} ({str(error).splitlines()[0]})") from error
         raise

@@ -233,6 +233,7 @@ class Pulse:
         self.folder, self.seconds = folder, seconds
         self.rank, self.world = accelerator.process_index, accelerator.num_processes
         self.count, self.what, self.moved = 0, "starting", time.monotonic()
+        self.began, self.note = time.time(), folder / "left.json"
         self.stop = threading.Event()
 
     def at(self, what: str) -> None:
@@ -256,6 +257,21 @@ class Pulse:
             thread.join()
             self._file(self.rank).unlink(missing_ok=True)
 
+    def leave(self, text: str) -> None:
+        """This process cannot go on: the others, which may wait for it in a collective, leave with its message."""
+        if self.world > 1:
+            partial = self.note.with_suffix(f".{self.rank}.partial")
+            partial.write_text(json.dumps({"process": self.rank, "text": text, "time": time.time()}))
+            partial.replace(self.note)
+
+    def left(self) -> str | None:
+        """Which process has left since this one began, and why."""
+        try:
+            told = json.loads(self.note.read_text())
+        except (OSError, ValueError):
+            return None
+        return f"process {told['process']}: {told['text']}" if told["time"] >= self.began else None
+
     def _file(self, rank: int) -> Path:
         return self.folder / f"process_{rank}.json"
 
@@ -269,6 +285,9 @@ class Pulse:
     def _beat(self) -> None:
         while not self.stop.wait(min(1.0, self.seconds / 10)):
             self._write()
+            if (text := self.left()) and not self.stop.wait(2.0):  # a collective may break off by itself
+                print(f"ldm: {text}", file=sys.stderr, flush=True)
+                os._exit(2)
             if time.monotonic() - self.moved > self.seconds:
                 print(f"ldm: {self.missing()}; the job ends", file=sys.stderr, flush=True)
                 os._exit(LOST)
