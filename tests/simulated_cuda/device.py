@@ -162,7 +162,7 @@ def _wrapped(out: Any, ours: list[CudaTensor], cpu: list[Tensor], to_host: bool)
     return out
 
 
-# --- copies and indices ------------------------------------------------------------------------------------------------
+# --- copies and indices ----------------------------------------------------------------------------------------------
 
 HOST = object()  # the answer of what leaves its result there
 
