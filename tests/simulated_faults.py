@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from tests.simulated_runs import Cases
@@ -36,6 +36,7 @@ def _faulty(runs: Cases, what: str) -> None:
     from training import optim, optimizers
     from training.tasks import clip, diffusion
 
+    folder = f"fault {what}".replace(" ", "_")
     with _replaced() as replace:
         if what == "a CPU tensor in a batch":
             loss = diffusion.DiffusionTask.loss
@@ -43,22 +44,22 @@ def _faulty(runs: Cases, what: str) -> None:
                 diffusion.DiffusionTask, "loss",
                 lambda self, batch, images: loss(self, {**batch, "moments": batch["moments"].cpu()}, images),
             )  # fmt: skip
-            runs.adapt("sd whole")
+            runs.adapt("sd whole", folder)
         elif what == "found_inf in bf16":
             step = optimizers.Fused.step
             replace(optimizers.Fused, "step", lambda self, divisor, skipped: step(self, divisor, skipped.bfloat16()))
-            runs.adapt("sd whole")
+            runs.adapt("sd whole", folder)
         elif what == "a norm that trains in bf16":
             opened = diffusion.opened
             replace(diffusion, "opened", lambda *args: _with_norms(opened(*args), "bfloat16"))
-            runs.adapt("sd whole")
+            runs.adapt("sd whole", folder)
         elif what == "waits in the step":
             contrast = clip.ClipTask.loss
             replace(clip.ClipTask, "loss", lambda self, batch, images: _waiting(contrast(self, batch, images)))
-            runs.scratch("clip", "clip_that_waits")
+            runs.scratch("clip", folder)
         elif what == "another end after a resume":
             replace(optim.Guarded, "load", lambda self, tensors, state: None)
-            runs.scratch("clip", "clip_that_forgets")
+            runs.scratch("clip", folder)
         else:
             _drawn(runs, what)
 
@@ -123,18 +124,20 @@ def _replaced() -> Iterator[Callable[[Any, str, Any], None]]:
 # --- the device's rules, one by one ----------------------------------------------------------------------------------
 
 
-def check_rules() -> None:
-    """What must raise raises, what must not does not, and each wait is noted once, as what it is.
+class Rules(NamedTuple):
+    """By name: what is refused and a pattern of its message; what is taken, and holds; and what waits, as what."""
 
-    Raises:
-        AssertionError: naming all that is otherwise.
-    """
+    refused: dict[str, tuple[Callable[[], Any], str]]
+    allowed: dict[str, Callable[[], bool]]
+    waits: dict[str, tuple[Callable[[], Any], list[str]]]
+
+
+def rules() -> Rules:
+    """Of CUDA's, those that the simulated device is checked with; made on the device that is there."""
     import torch
     import torch.nn.functional as F
     from torch import nn
     from torch.nn.attention import SDPBackend, sdpa_kernel
-
-    from tests.simulated_cuda.syncs import watched
 
     def on(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return torch.ones(*shape, dtype=dtype, device="cuda")
@@ -159,7 +162,7 @@ def check_rules() -> None:
         "matmul": (lambda: x @ torch.ones(4, 4), "same device"),
         "gather": (lambda: x.gather(0, torch.zeros(1, 4, dtype=torch.long)), "same device"),
         "embedding": (lambda: F.embedding(torch.zeros(2, dtype=torch.long), x), "same device"),
-        "lerp by a CPU scalar": (lambda: torch._foreach_lerp_([x.clone()], [x], [one]), "same device"),
+        "add in place to a CPU scalar": (lambda: torch.ones(()).add_(x.sum()), "same device"),
         "index into the CPU's": (lambda: torch.ones(4)[on(2, dtype=torch.long)], "cpu|same device"),
         "numpy": (lambda: x.numpy(), "can't convert cuda"),
         "a CPU generator": (lambda: torch.randn(2, device="cuda", generator=torch.Generator()), "'cuda' device type"),
@@ -177,6 +180,7 @@ def check_rules() -> None:
     }
     allowed: dict[str, Callable[[], bool]] = {
         "a CPU scalar in arithmetic": lambda: (x * one + one).is_cuda and torch.where(x > one, x, one).is_cuda,
+        "a CPU scalar over a list": lambda: torch._foreach_mul([x], one)[0].is_cuda,
         "flash in half": lambda: attend(q.half()).dtype is torch.float16,
         "autocast's product": lambda: autocast(lambda: x @ x) is half,
         "autocast's norm": lambda: autocast(lambda: norm(image.to(half))) is torch.float32,
@@ -217,18 +221,63 @@ def check_rules() -> None:
         "event": (lambda: torch.cuda.Event().synchronize(), ["event.synchronize"]),
         "arithmetic": (lambda: (x @ x).softmax(-1).clamp(min=0).sum(), []),
     }  # fmt: skip
-    wrong = []
-    for name, (f, pattern) in refused.items():
+    return Rules(refused, allowed, waits)
+
+
+def check_rules() -> None:
+    """What must raise raises, what must not does not, and each wait is noted once, as what it is.
+
+    Raises:
+        AssertionError: naming all that is otherwise.
+    """
+    from tests.simulated_cuda.syncs import watched
+
+    known, wrong = rules(), []
+    for name, (f, pattern) in known.refused.items():
         try:
             f()
             wrong.append(f"{name}: was not refused")
         except (RuntimeError, TypeError) as error:
             if not re.search(pattern, str(error)):
                 wrong.append(f"{name}: refused with another message: {error}")
-    wrong += [f"{name}: is otherwise" for name, f in allowed.items() if not f()]
-    for name, (f, kinds) in waits.items():
+    wrong += [f"{name}: is otherwise" for name, f in known.allowed.items() if not f()]
+    for name, (f, kinds) in known.waits.items():
         with watched() as found:
             f()
         if [sync.kind for sync in found] != kinds:
             wrong.append(f"{name}: noted {[sync.kind for sync in found]}, expected {kinds}")
+    assert not wrong, "\n".join(wrong)
+
+
+def check_rules_on_a_gpu() -> None:
+    """The same of a real device, as far as torch tells: any error for what is refused, and that something waits.
+
+    Raises:
+        AssertionError: naming all that is otherwise.
+    """
+    import torch
+
+    known, wrong = rules(), []
+    for name, (f, _) in known.refused.items():
+        try:
+            f()
+            torch.cuda.synchronize()
+            wrong.append(f"{name}: was not refused")
+        except (RuntimeError, TypeError):
+            pass
+    wrong += [f"{name}: is otherwise" for name, f in known.allowed.items() if not f()]
+    for name, (f, kinds) in known.waits.items():
+        if kinds in (["cuda.synchronize"], ["event.synchronize"]):
+            continue  # asked for, so torch does not warn of them
+        f()  # what is loaded at the first call may wait
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            f()
+            waited = False
+        except RuntimeError as error:
+            waited = "synchroniz" in str(error)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        if waited != bool(kinds):
+            wrong.append(f"{name}: {'waits' if waited else 'does not wait'}")
     assert not wrong, "\n".join(wrong)

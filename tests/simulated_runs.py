@@ -73,6 +73,19 @@ ADAPT: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "pixart text": ("pixart", BF16, TEXT | LORA),
     "sd flash": ("sd", BF16 | {"attention_backend": "flash"}, {}),
 }
+# Every family in every way, in both precisions, with every optimizer: minutes, for ``make test-slow``.
+_WAYS = {"whole": {}, "lora": LORA, "dora": DORA, "token": TOKEN, "text": TEXT, "inpaint": INPAINT}
+_OPTIMIZERS = {"adamw": {}, "adafactor": {}, "prodigy": {"learning_rate": 1.0}, "schedule_free": {}, "muon": {}}
+PRODUCT: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    f"{family} {way} {half} {optimizer}": (
+        family, {"mixed_precision": half}, sections | kind(optimizer, **_OPTIMIZERS[optimizer])
+    )
+    for family in FAMILIES
+    for way, sections in _WAYS.items()
+    for half in ("bf16", "fp16")
+    for optimizer in _OPTIMIZERS
+    if f"{family} {way}" in ADAPT
+}  # fmt: skip
 
 SAMPLERS = (
     "ddpm", "ddim", "euler", "heun", "midpoint", "dpmpp_2m", "dpmpp_2m_sde", "dpmpp_2s", "dpmpp_2s_sde", "dpmpp_3m",
@@ -113,7 +126,7 @@ class Cases:
         found: dict[str, Callable[[], None]] = {}
         for name in SCRATCH:
             found[name] = lambda name=name: self.scratch(name)
-        for name in ADAPT:
+        for name in (*ADAPT, *PRODUCT):
             found[name] = lambda name=name: self.adapt(name)
         for name in DRAW:
             found[name] = lambda name=name: self.draw(name)
@@ -122,17 +135,17 @@ class Cases:
 
         return found | simulated_faults.cases(self)
 
-    def adapt(self, name: str) -> None:
-        """A run that starts from a base."""
+    def adapt(self, name: str, run: str | None = None) -> None:
+        """A run that starts from a base, into the folder ``run``, by default one of its name."""
         from tests import adapting
 
-        family, train, sections = ADAPT[name]
+        family, train, sections = (ADAPT | PRODUCT)[name]
         train = dict(train)
         resume = train.pop("resume", False)
         sections = {"sample": {}, **sections}
         sections["sample"] = SAMPLE | sections["sample"]
         config = adapting.config(
-            FAMILIES[family], self.root, name.replace(" ", "_"), **sections, train={**TRAIN, **train}
+            FAMILIES[family], self.root, run or name.replace(" ", "_"), **sections, train={**TRAIN, **train}
         )
         self.run(config, resume)
 
@@ -291,7 +304,7 @@ def main(folder: Path, names: list[str]) -> None:
     watch_steady_steps()
     cases = Cases(folder).all()
     with (folder / "results.jsonl").open("a") as results:
-        for name in names or cases:
+        for name in names or [name for name in cases if name not in PRODUCT]:
             results.write(json.dumps(judged(name, cases[name])) + "\n")
             results.flush()
 

@@ -9,6 +9,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, get_args
 
@@ -16,7 +17,7 @@ import pytest
 
 from tests import simulated_faults
 from tests.simulated_cuda import build
-from tests.simulated_runs import ADAPT, DRAW, FAMILIES, SCRATCH
+from tests.simulated_runs import ADAPT, DRAW, FAMILIES, PRODUCT, SCRATCH
 
 ROOT = Path(__file__).resolve().parent.parent
 NAMES = (*SCRATCH, *ADAPT, *DRAW, "command line")
@@ -36,8 +37,7 @@ ALLOWED = {
 EXPECTED: dict[str, tuple[str, str]] = {}
 
 
-@pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+def ran(folder: Path, names: Iterable[str], seconds: float) -> dict[str, dict[str, Any]]:
     """By case what became of it; all are run in one process, which imports torch after the device is there."""
     import torch
 
@@ -47,15 +47,18 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any
         build.library()
     except build.CannotBuild as error:
         pytest.skip(f"the simulated device cannot be built: {error}")
-    folder = tmp_path_factory.mktemp("simulated")
-    command = [sys.executable, "-m", "tests.simulated_runs", str(folder)]
+    command = [sys.executable, "-m", "tests.simulated_runs", str(folder), *names]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=590)
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=seconds)
     file = folder / "results.jsonl"
     found = {r["name"]: r for r in map(json.loads, file.read_text().splitlines())} if file.is_file() else {}
-    assert found, done.stderr[-3000:]
     missing = {"error": f"the process ended before it ({done.returncode}): {done.stderr[-2000:]}", "waits": []}
-    return {name: found.get(name, missing) for name in (*NAMES, "rules", *simulated_faults.RUNS)}
+    return {name: found.get(name, missing) for name in names}
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    return ran(tmp_path_factory.mktemp("simulated"), (*NAMES, "rules", *simulated_faults.RUNS), 580)
 
 
 def problems(result: dict[str, Any]) -> list[str]:
@@ -95,6 +98,18 @@ def test_what_is_allowed_still_happens(results: dict[str, dict[str, Any]]) -> No
     """A wait that has gone leaves the list."""
     seen = {(w[0], w[1], w[3]) for name in NAMES for w in results[name]["waits"]}
     assert not ALLOWED.keys() - seen
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_the_whole_product(tmp_path: Path) -> None:
+    found = {name: problems(result) for name, result in ran(tmp_path, PRODUCT, 3500).items()}
+    assert not any(found.values()), {name: told for name, told in found.items() if told}
+
+
+@pytest.mark.gpu
+def test_the_rules_are_those_of_a_real_device() -> None:
+    simulated_faults.check_rules_on_a_gpu()
 
 
 def test_the_cases_cover() -> None:

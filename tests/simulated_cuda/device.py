@@ -122,7 +122,8 @@ def run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     inner = [unwrap(x) for x in args]
     named = {k: unwrap(v) for k, v in kwargs.items()} if kwargs else {}
     if ours and cpu:
-        rules.check_devices(operator.name, operator.full, ours, cpu)
+        into_cpu = bool(operator.writes) and args and args[0] is cpu[0]
+        rules.check_devices(operator.name, operator.full, cpu, into_cpu)
     if operator.dtypes is not None:
         operator.dtypes(operator.full, operator.named(args, kwargs))
     if operator.draws:
@@ -132,11 +133,7 @@ def run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         note(operator.wait)
     to_host = False
     if operator.special is not None:
-        answer = operator.special(operator, args, kwargs)
-        if answer is not None:
-            if not isinstance(answer, _Answer):
-                return answer
-            to_host = True
+        to_host = operator.special(operator, args, kwargs) is HOST
     elif operator.has_device:
         device = operator.named(args, kwargs).get("device")
         to_host = device is not None and torch.device(device).type == "cpu"
@@ -165,14 +162,9 @@ def _wrapped(out: Any, ours: list[CudaTensor], cpu: list[Tensor], to_host: bool)
     return out
 
 
-# --- copies, indices, attention --------------------------------------------------------------------------------------
+# --- copies and indices ----------------------------------------------------------------------------------------------
 
-
-class _Answer:
-    """The result lies on the host."""
-
-
-HOST = _Answer()
+HOST = object()  # the answer of what leaves its result there
 
 
 def _to_copy(operator: _Operator, args: Any, kwargs: Any) -> Any:

@@ -24,6 +24,7 @@ _BINARY = (
     " addcdiv threshold addr"
 )
 CPU_SCALARS = {f"aten::{name}" for name in _BINARY.split()} | {f"aten::{name}_" for name in _BINARY.split()}
+CPU_SCALARS |= {f"aten::_foreach_{name}{end}" for name in ("add", "mul", "div") for end in ("", "_")}
 CPU_SCALARS |= {"aten::masked_fill", "aten::masked_fill_", "aten::fill", "aten::fill_", "aten::index_fill"}
 # Between devices by their meaning, or with indices that are brought over.
 ANY_DEVICE = {
@@ -32,11 +33,16 @@ ANY_DEVICE = {
 }  # fmt: skip
 
 
-def check_devices(name: str, full: str, ours: Sequence[Tensor], cpu: Sequence[Tensor]) -> None:
-    """Of the tensors of one call; both sequences hold some."""
+def check_devices(name: str, full: str, cpu: Sequence[Tensor], into_cpu: bool) -> None:
+    """Of one call with tensors of both devices.
+
+    Args:
+        cpu: those on the CPU.
+        into_cpu: the result would be written into the first of them.
+    """
     if name in ANY_DEVICE:
         return
-    if name in CPU_SCALARS and all(x.ndim == 0 for x in cpu):
+    if name in CPU_SCALARS and all(x.ndim == 0 for x in cpu) and not into_cpu:
         return
     shapes = [tuple(x.shape) for x in cpu]
     raise RuntimeError(
