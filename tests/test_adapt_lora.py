@@ -12,6 +12,7 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 from peft import PeftModel
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from pipelines.lora.read import read_lora
@@ -62,6 +63,8 @@ def test_a_lora_is_the_users_picture(case: str, root: Path, spied: dict) -> None
     theirs = DiffusionPipeline.from_pretrained(base(family, root))
     untouched = drawn(theirs, spied["prompts"])
     assert (untouched - spied["pictures"]).abs().max() > 1e-3  # it has learnt something that shows
+    with safe_open(run / "adapter" / "pytorch_lora_weights.safetensors", "pt") as file:
+        assert file.metadata()["modelspec.title"] == out
     theirs.load_lora_weights(run / "adapter")
     _same(theirs, spied)
     theirs.unload_lora_weights()

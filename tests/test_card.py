@@ -66,6 +66,8 @@ def test_its_code_loads_a_new_word_and_a_whole_pipeline(root: Path, monkeypatch)
     assert inside["pipe"].tokenizer.convert_tokens_to_ids("<toy>") >= 0
     assert "textual_inversion" in ModelCard.load(file).data.tags
     assert trigger_words(config("sd", root, "toy", **how)) == ["a <toy>", "<toy>"]
+    one = config("sd", root, "one", data={"caption_templates": ["sks dog, {}"]})
+    assert trigger_words(one) == ["sks dog"]  # as `ldm adapt` writes it beside captions of one's own
 
     inside["pipe"].save_pretrained(root / "whole")
     whole = write_card(root / "whole", config("sd", root, "toy"))

@@ -216,6 +216,14 @@ def test_metadata(tmp_path: Path):
     }
 
 
+def test_sizes_of_ones_own_are_not_labelled_as_a_published_model(tmp_path: Path):
+    file = write_lora(tmp_path / "a.safetensors", small(), base="sd", resolution=(64, 64))
+    again = write_lora(tmp_path / "b.safetensors", read_lora(file), "kohya")  # SD's names are known
+    for found in (headers(file), headers(again)):
+        assert found["modelspec.architecture"] == "latent-t2i-sd/lora"
+        assert found["modelspec.resolution"] == "64x64" and "ss_base_model_version" not in found
+
+
 @pytest.mark.parametrize(("width", "family"), [(768, "sd15"), (1024, "sd21"), (2048, "sdxl")])
 def test_family_by_the_width_of_the_text(width: int, family: str):
     key = "down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k"

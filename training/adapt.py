@@ -243,13 +243,19 @@ def write_adapter(config: AdaptConfig, folder: Path, net: Network, text: TextEnc
     from pipelines.lora.write import write_lora
     from pipelines.textual_inversion import save_embeddings
 
+    from .card import trigger_words
+
     folder.mkdir(parents=True, exist_ok=True)
     if config.lora is not None:
         components = {component_of(net): lora_of(net, NAME)} if config.train_denoiser else {}
         if text is not None and config.train_text_encoder:
             components |= {name: lora_of(tower, NAME) for name, (_, tower) in text.towers().items() if has_lora(tower)}
         form = "peft" if base.family == "pixart" else "diffusers"  # PixArt's pipelines have no loader of LoRAs
-        write_lora(folder, LoraFile(components, {}), form, base=base.family, overwrite=True)
+        side = config.data.resolution
+        write_lora(
+            folder, LoraFile(components, {}), form, base=base.family, overwrite=True,
+            title=Path(config.output_dir).name, trigger=trigger_words(config), resolution=(side, side),
+        )  # fmt: skip
     if config.new_tokens and text is not None:
         save_embeddings(folder / "learned_embeds.safetensors", text)
 

@@ -51,9 +51,13 @@ def write_card(
 
 
 def trigger_words(config: AdaptConfig) -> list[str]:
-    """What a prompt must hold for the adaptation to show: instance prompts and new tokens."""
+    """What a prompt must hold for the adaptation to show: instance prompts, what a caption template
+    adds to every caption, and new tokens."""
     prompts = [config.data.instance_prompt, *(source.instance_prompt for source in config.data.sources)]
-    return list(dict.fromkeys([word for word in prompts if word] + [new.token for new in config.new_tokens]))
+    templates = config.data.caption_templates
+    added = [templates[0].replace("{}", " ").strip(" ,.;:")] if len(templates) == 1 else []
+    tokens = [new.token for new in config.new_tokens]
+    return list(dict.fromkeys(word for word in [*prompts, *added, *tokens] if word))
 
 
 def license_of(base: str | Path) -> tuple[str | None, str | None]:

@@ -25,8 +25,9 @@ FAMILY = {
     "sd3": Family("stable-diffusion-3-medium", "sd3", "diffusers", 1024),
     "pixart": Family("pixart", "pixart", "diffusers", 1024),
 }
+CUSTOM = "latent-t2i-sd"  # Stable Diffusion's layers in other sizes than the published models'
 _ARCHITECTURES = {
-    "stable-diffusion-v1": "sd15", "stable-diffusion-v2": "sd21", "stable-diffusion-xl": "sdxl",
+    CUSTOM: "sd15", "stable-diffusion-v1": "sd15", "stable-diffusion-v2": "sd21", "stable-diffusion-xl": "sdxl",
     "stable-diffusion-3": "sd3", "pixart": "pixart",
 }  # fmt: skip
 _VERSIONS = {"sd_v1": "sd15", "sd_1": "sd15", "sd_v2": "sd21", "sd_2": "sd21", "sdxl": "sdxl", "sd3": "sd3"}
@@ -49,6 +50,7 @@ def notes(
     trigger: Sequence[str] = (),
     resolution: tuple[int, int] | None = None,
     told: Mapping[str, str] | None = None,
+    custom: bool = False,
 ) -> dict[str, str]:
     """The metadata of a file; its hash is filled in by whoever writes it.
 
@@ -57,6 +59,8 @@ def notes(
         trigger: words that the LoRA was trained to answer to.
         resolution: width and height of the pictures that it is for.
         told: what the file that this one was made of said; kept where nothing newer is known.
+        custom: for a model of the family's layers in sizes of its own: it is not labelled as the
+            published one, whose users could not load it.
     """
     told, layers = dict(told or {}), list(layers)
     ranks, alphas = {rank for rank, _ in layers}, {alpha for _, alpha in layers}
@@ -69,7 +73,10 @@ def notes(
         "modelspec.title": title,
         "modelspec.date": told.get("modelspec.date", datetime.now(UTC).strftime("%Y-%m-%d")),
     }
-    if base is not None:
+    if custom:
+        found["modelspec.architecture"] = f"{CUSTOM}/lora"
+        found["modelspec.implementation"] = "diffusers"
+    elif base is not None:
         family = FAMILY[base]
         said = told if told_family(told) == base else {}  # its own words, such as 3.5, where they are of this family
         found["ss_base_model_version"] = said.get("ss_base_model_version", family.version)
@@ -78,8 +85,8 @@ def notes(
         found["modelspec.implementation"] = family.implementation
         side = f"{family.resolution}x{family.resolution}"
         found["modelspec.resolution"] = said.get("modelspec.resolution", side)
-        if resolution is not None:
-            found["modelspec.resolution"] = f"{resolution[0]}x{resolution[1]}"
+    if base is not None and resolution is not None:
+        found["modelspec.resolution"] = f"{resolution[0]}x{resolution[1]}"
     if trigger:
         found["modelspec.trigger_phrase"] = ", ".join(trigger)
         found["ss_tag_frequency"] = json.dumps({"latent_t2i": {word: 1 for word in trigger}})

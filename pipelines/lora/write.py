@@ -18,7 +18,7 @@ from ..convert_notes import HASH
 from ..precision import DTYPES
 from .kohya import COMPONENTS, FAMILIES, TEXT, Names, kohya_name, with_text_model
 from .layer import Component, LoraFile
-from .notes import notes, told_family
+from .notes import CUSTOM, notes, told_family
 from .read import PEFT_CONFIG, PEFT_FILE, STOCK_FILE, Format
 from .stock import ADAPTER, PEFT, adapter_config, packed
 
@@ -80,8 +80,11 @@ def write_lora(
         raise ValueError(f"format {format!r} is not one of {', '.join(FORMATS)}")
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
+    custom = lora.metadata.get("modelspec.architecture", "").startswith(CUSTOM)
     if base == "sd":
-        base = next((known for known in (family_of(lora),) if known in ("sd15", "sd21")), "sd15")
+        published = family_of(lora)
+        custom = custom or published not in ("sd15", "sd21")
+        base = "sd15" if custom else published
     if base is not None and base not in FAMILIES:
         raise ValueError(f"base {base!r} is not one of {', '.join(FAMILIES)}")
     if not lora.layers():
@@ -99,6 +102,7 @@ def write_lora(
         trigger=trigger,
         resolution=resolution,
         told=lora.metadata,
+        custom=custom,
     )
     for note in _misread(lora, base, format):
         log.warning("%s: %s", target.name, note)
