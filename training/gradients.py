@@ -16,6 +16,7 @@ from torch import Tensor
 from .journal import Window
 from .loader import Batch
 from .schema import Train
+from .schema.optim import Adafactor, AdamW8bit
 
 if TYPE_CHECKING:
     from .loop import Player
@@ -160,10 +161,14 @@ def smaller_state(player: Player) -> str:
     """The end of the message where the optimizer's step does not fit, which the batch has no part in. The step may have
     changed some of the weights (fused AdamW allocates all of its state before it changes any), so the run must end."""
     config, count = player.optimizer.config, sum(p.numel() for p in player.optimizer.parameters)
+    others = {"adamw_8bit": AdamW8bit.state_bytes, "adafactor": Adafactor.state_bytes}
+    names = [f"{name} ({size:g})" for name, size in others.items() if size < config.state_bytes]
+    changes = [f"set optimizer.name: {' or '.join(names)}"] if names else []
+    changes += ["set ema.device: cpu"] if player.ema.average else []
     return (
-        f"a smaller batch does not help: {config.name} keeps {config.state_bytes:g} bytes for each of the {count:,} "
-        f"weights that train ({config.state_bytes * count / 2**30:.2f} GiB), the average 4; set optimizer.name: "
-        "adamw_8bit (2 bytes) or adafactor (0.1), or ema.device: cpu, or train a LoRA. Nothing of this step is saved"
+        f"a smaller batch does not help: {config.name} keeps {config.state_bytes:g} bytes for each of "
+        f"the {count:,} weights that train ({config.state_bytes * count / 2**30:.2f} GiB); "
+        f"{', '.join([*changes, 'train fewer weights (a LoRA)'])}. Nothing of this step is saved"
     )
 
 
