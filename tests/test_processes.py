@@ -187,6 +187,15 @@ def test_a_lack_of_memory_in_one_process_ends_all_with_its_message(linger: int, 
         assert together(tmp_path / "run", 2, gathers=True) == [0, 0]
 
 
+def test_nobody_leaves_before_the_checkpoint_is_on_the_disk(tmp_path: Path):
+    """It is written in the background, by one process; a launcher ends all when the first of them leaves."""
+    config = {"async_checkpoint": True, "checkpoint_every": 1000}
+    assert together(tmp_path / "run", 2, at={32: (signal.SIGTERM, 1)}, config=config, slow_write=1.0) == [75, 75]
+    written = checkpoint.listed(tmp_path / "run" / "checkpoints")[-1].stat().st_ctime  # of its new name
+    for rank in range(2):
+        assert (tmp_path / f"run.{rank}.pt").stat().st_mtime >= written
+
+
 def test_a_pulse_is_seen_by_its_changes_and_not_by_the_clock(tmp_path: Path):
     """One process's clock is fast, and it is dead: its file says that it has just been there, and was the furthest."""
     mine, other = (processes.Pulse(tmp_path, Fake(rank, 3), 2.0) for rank in range(2))

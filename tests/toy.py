@@ -20,7 +20,7 @@ from accelerate import Accelerator, ParallelismConfig
 from torch import Tensor, nn
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
-from training import deferred, processes
+from training import checkpoint, deferred, processes
 from training.ema import EMA
 from training.evaluate.report import read_log
 from training.journal import TIMED
@@ -209,7 +209,8 @@ def differing(a: dict[str, Tensor], b: dict[str, Tensor]) -> list[str]:
 def child(run: Path, rank: int, world: int, port: int, how: dict[str, Any]) -> None:
     """What a launcher's process does. ``how``: go's arguments; ``at``: image -> (what, rank) to happen to it there;
     ``stream``; ``say``: a file for its messages; ``group``: in a process group of its own; ``linger``: seconds between
-    its last words and its end; ``slow``, ``slow_loss``: rank -> seconds that a batch, or its loss, takes longer."""
+    its last words and its end; ``slow``, ``slow_loss``: rank -> seconds that a batch, or its loss, takes longer;
+    ``slow_write``: seconds that a checkpoint takes longer."""
     place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ.update({k: str(v) for k, v in place.items()} if world > 1 else {}, ACCELERATE_USE_CPU="true")
     torch.set_num_threads(1)
@@ -220,6 +221,9 @@ def child(run: Path, rank: int, world: int, port: int, how: dict[str, Any]) -> N
     at, stream, say, bad = how.pop("at", {}), how.pop("stream", False), how.pop("say", None), how.pop("bad", {})
     linger = how.pop("linger", 0)
     slow, slow_loss = how.pop("slow", {}), how.pop("slow_loss", {})
+    if seconds := how.pop("slow_write", 0.0):
+        replace = checkpoint.replace_folder
+        checkpoint.replace_folder = lambda *folders: (time.sleep(seconds), replace(*folders))
     if say:
         handle = os.open(f"{say}.{rank}", os.O_CREAT | os.O_WRONLY | os.O_APPEND)
         os.dup2(handle, 2)
