@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import shutil
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -141,14 +142,22 @@ class Ops(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("task", ["clip", "vae", "unet", "dit", "mmdit", "adapt"])
-def test_a_deterministic_run_takes_nothing_that_has_no_such_kernel(task: str, root: Path, tmp_path: Path):
+@cache
+def strict_run(root: Path, task: str) -> tuple[Path, set[str]]:
+    """A deterministic run, and the operators that ran in it."""
+    given = raw(root, root / "strict", task, deterministic=True)
     with Ops() as ops:
-        train_all([parse(raw(root, tmp_path, task, deterministic=True), task)])
-    assert {"mm", "_fused_adamw_"} <= ops.names
-    assert not ops.names & NOT_DETERMINISTIC
+        train_all([parse(given, task)])
+    return Path(given["output_dir"]), ops.names
+
+
+@pytest.mark.parametrize("task", ["clip", "vae", "unet", "dit", "mmdit", "adapt"])
+def test_a_deterministic_run_takes_nothing_that_has_no_such_kernel(task: str, root: Path):
+    run, ops = strict_run(root, task)
+    assert {"mm", "_fused_adamw_"} <= ops
+    assert not ops & NOT_DETERMINISTIC
     if (root / task).exists():  # on a CPU the same bits as ever
-        assert weights(tmp_path / task) == weights(root / task)
+        assert weights(run) == weights(root / task)
 
 
 def test_a_loss_that_has_to_resize_is_refused(root: Path, tmp_path: Path):
@@ -275,10 +284,7 @@ def test_a_compiled_run_learns_the_same_and_compiles_in_its_first_step(
     made = compiled_run(given, monkeypatch)
     assert made and set(made) == {(0, first)}
     run = tmp_path / task
-    plain = {**raw(root, tmp_path / "plain", task), "output_dir": str(tmp_path / "plain")}
-    if not (root / task).exists():
-        train_all([parse(plain, given["task"])])
-    there = losses(root / task if (root / task).exists() else tmp_path / "plain")
+    there = losses(strict_run(root, task)[0])
     there = {row["images"]: row for row in there if "loss" in row}
     for row in losses(run):
         if "loss" in row:
