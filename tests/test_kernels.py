@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import shutil
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from training.optim import placed
 from training.run import train_all
 from training.schema import Train
 
+SLOW = partial(pytest.param, marks=pytest.mark.slow)
 # Of aten, what raises on CUDA under torch.use_deterministic_algorithms(True), by its docstring.
 NOT_DETERMINISTIC = {
     "_adaptive_avg_pool2d_backward", "_adaptive_avg_pool3d_backward", "adaptive_max_pool2d_backward",
@@ -151,7 +152,7 @@ def strict_run(root: Path, task: str) -> tuple[Path, set[str]]:
     return Path(given["output_dir"]), ops.names
 
 
-@pytest.mark.parametrize("task", ["clip", "vae", "unet", "dit", "mmdit", "adapt"])
+@pytest.mark.parametrize("task", ["clip", "vae", "unet", "dit", SLOW("mmdit"), "adapt"])
 def test_a_deterministic_run_takes_nothing_that_has_no_such_kernel(task: str, root: Path):
     run, ops = strict_run(root, task)
     assert {"mm", "_fused_adamw_"} <= ops
@@ -199,7 +200,7 @@ def test_what_cannot_be_had_is_refused_by_the_config(task: str, train: dict, mes
 # --- channels last ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("task", ["vae", "unet"])
+@pytest.mark.parametrize("task", [SLOW("vae"), "unet"])
 def test_channels_last_learns_the_same_and_leaves_plain_files(task: str, root: Path, tmp_path: Path, monkeypatch):
     """Weights, gradients, averages and the optimizer's state lie in one order, also after going on from a file."""
     from training import gradients
@@ -272,7 +273,8 @@ def compiled_run(given: dict[str, Any], monkeypatch: pytest.MonkeyPatch, inner: 
 
 
 @pytest.mark.parametrize(
-    "task, checkpointing", [("clip", 0), ("vae", 1), ("unet", 0.5), ("dit", 0.5), ("mmdit", 0), ("adapt", 0.5)]
+    "task, checkpointing",
+    [("clip", 0), SLOW("vae", 1), ("unet", 0.5), ("dit", 0.5), SLOW("mmdit", 0), SLOW("adapt", 0.5)],
 )
 def test_a_compiled_run_learns_the_same_and_compiles_in_its_first_step(
     task: str, checkpointing: float, root: Path, tmp_path: Path, monkeypatch
