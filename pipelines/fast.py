@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ldm.models.base import Network
+from ldm.models.base import Network, is_compiled
 from ldm.models.unet import UNet
 from ldm.reuse import StepCache
 
@@ -48,7 +48,7 @@ def step_cache_of(net: nn.Module, given: StepCaching | None) -> StepCache | None
             near = difflib.get_close_matches(key, known, n=1)
             raise ValueError(f"step_cache has no option {key!r}; it takes {near[0] if near else ', '.join(known)}")
     cache = StepCache(**options)
-    if getattr(net, "_compiled_call_impl", None) is not None or not isinstance(net, Network):
+    if is_compiled(net) or not isinstance(net, Network):
         raise ValueError("step_cache: torch.compile runs this network, and what it traces keeps nothing; compile its "
                          "blocks one by one instead")  # fmt: skip
     if cache.depth > (most := deepest(net)):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import shutil
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from training.optim import placed
 from training.run import train_all
 from training.schema import Train
 
+SLOW = partial(pytest.param, marks=pytest.mark.slow)
 # Of aten, what raises on CUDA under torch.use_deterministic_algorithms(True), by its docstring.
 NOT_DETERMINISTIC = {
     "_adaptive_avg_pool2d_backward", "_adaptive_avg_pool3d_backward", "adaptive_max_pool2d_backward",
@@ -141,14 +143,22 @@ class Ops(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("task", ["clip", "vae", "unet", "dit", "mmdit", "adapt"])
-def test_a_deterministic_run_takes_nothing_that_has_no_such_kernel(task: str, root: Path, tmp_path: Path):
+@cache
+def strict_run(root: Path, task: str) -> tuple[Path, set[str]]:
+    """A deterministic run, and the operators that ran in it."""
+    given = raw(root, root / "strict", task, deterministic=True)
     with Ops() as ops:
-        train_all([parse(raw(root, tmp_path, task, deterministic=True), task)])
-    assert {"mm", "_fused_adamw_"} <= ops.names
-    assert not ops.names & NOT_DETERMINISTIC
+        train_all([parse(given, task)])
+    return Path(given["output_dir"]), ops.names
+
+
+@pytest.mark.parametrize("task", ["clip", "vae", "unet", "dit", SLOW("mmdit"), "adapt"])
+def test_a_deterministic_run_takes_nothing_that_has_no_such_kernel(task: str, root: Path):
+    run, ops = strict_run(root, task)
+    assert {"mm", "_fused_adamw_"} <= ops
+    assert not ops & NOT_DETERMINISTIC
     if (root / task).exists():  # on a CPU the same bits as ever
-        assert weights(tmp_path / task) == weights(root / task)
+        assert weights(run) == weights(root / task)
 
 
 def test_a_loss_that_has_to_resize_is_refused(root: Path, tmp_path: Path):
@@ -190,7 +200,7 @@ def test_what_cannot_be_had_is_refused_by_the_config(task: str, train: dict, mes
 # --- channels last ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("task", ["vae", "unet"])
+@pytest.mark.parametrize("task", [SLOW("vae"), "unet"])
 def test_channels_last_learns_the_same_and_leaves_plain_files(task: str, root: Path, tmp_path: Path, monkeypatch):
     """Weights, gradients, averages and the optimizer's state lie in one order, also after going on from a file."""
     from training import gradients
@@ -263,7 +273,8 @@ def compiled_run(given: dict[str, Any], monkeypatch: pytest.MonkeyPatch, inner: 
 
 
 @pytest.mark.parametrize(
-    "task, checkpointing", [("clip", 0), ("vae", 1), ("unet", 0.5), ("dit", 0.5), ("mmdit", 0), ("adapt", 0.5)]
+    "task, checkpointing",
+    [("clip", 0), SLOW("vae", 1), ("unet", 0.5), ("dit", 0.5), SLOW("mmdit", 0), SLOW("adapt", 0.5)],
 )
 def test_a_compiled_run_learns_the_same_and_compiles_in_its_first_step(
     task: str, checkpointing: float, root: Path, tmp_path: Path, monkeypatch
@@ -275,10 +286,7 @@ def test_a_compiled_run_learns_the_same_and_compiles_in_its_first_step(
     made = compiled_run(given, monkeypatch)
     assert made and set(made) == {(0, first)}
     run = tmp_path / task
-    plain = {**raw(root, tmp_path / "plain", task), "output_dir": str(tmp_path / "plain")}
-    if not (root / task).exists():
-        train_all([parse(plain, given["task"])])
-    there = losses(root / task if (root / task).exists() else tmp_path / "plain")
+    there = losses(strict_run(root, task)[0])
     there = {row["images"]: row for row in there if "loss" in row}
     for row in losses(run):
         if "loss" in row:

@@ -248,6 +248,11 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
     return dict(model.named_parameters()) | dict(model.named_buffers())
 
 
+def is_compiled(module: nn.Module) -> bool:
+    """Whether ``module.compile()`` was called."""
+    return getattr(module, "_compiled_call_impl", None) is not None
+
+
 def acts(layer: Any) -> bool:
     """Whether peft's layer changes what the one inside it does, and the weight does not hold it."""
     return not layer.merged and any(adapter in layer.lora_A for adapter in layer.active_adapters)

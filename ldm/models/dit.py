@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..cond import Cond
 from ..reuse import cached_depth, once, seldom
 from .adaln import TIME_WIDTH, Attention, FeedForward, check_inputs, checked_width, init_weights, modulate, unpatchify
-from .base import Network
+from .base import Network, is_compiled
 from .embeddings import PatchEmbed, TimestepMLP, timestep_embedding
 from .linear import Linear
 
@@ -103,7 +103,8 @@ class DiT(Network):
         """
         x = cond.beside(x)
         self._check(x, time, cond)
-        if x.device.type == "cpu" and not torch.compiler.is_compiling():  # to look elsewhere makes the host wait
+        compiled = torch.compiler.is_compiling() or is_compiled(self.transformer_blocks[0])  # for one length of text
+        if x.device.type == "cpu" and not compiled:  # to look elsewhere makes the host wait
             (cond,) = once(visible, cond)
         height, width = x.shape[-2:]
         x = self.pos_embed(x)  # (B, N, D)
