@@ -186,7 +186,7 @@ class SyntheticTask(DiffusionTask):
         with torch.device(self.device):  # 2B weights are drawn where they are fast
             self.net = network(config, case.sizes)
         if variant == "channels-last":
-            self.net.to(memory_format=torch.channels_last)
+            self.net.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         if variant == "compile":
             compile_blocks(self.net, backend)
         path, prediction = path_of(config.path), prediction_of(config)
