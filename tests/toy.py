@@ -70,6 +70,8 @@ class Flow(IterableDataset):
 class Toy:
     """A linear autoencoder and, from image 24 on, a critic. ``act`` is called with the images seen so far."""
 
+    gathers = False  # in the loss, as CLIP's
+
     def __init__(
         self,
         accelerator: Accelerator,
@@ -86,7 +88,7 @@ class Toy:
     ):
         self.act, self.rows, self.files, self.seen = act, rows or Numbers(), [], []
         self.per_step, self.how, self.share_out, self.memory = per_step, optimizer or {}, share_out, memory
-        self.gathers = gathers  # in the loss, as CLIP's
+        self.gathers = gathers
         torch.manual_seed(3)
         net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Dropout(dropout), nn.Linear(8, 4))
         critic = nn.Linear(4, 1)
