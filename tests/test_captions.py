@@ -140,7 +140,7 @@ def test_texts_in_folders_of_splits(tmp_path: Path):
 
 @pytest.mark.parametrize(
     ("content", "told"),
-    [(None, "is empty"), (b" \n", "is empty"), ("é".encode("latin-1"), "not UTF-8"), (b"\xff\xfea\0", "not UTF-8")],
+    [(None, "is missing"), (b" \n", "is empty"), ("é".encode("latin-1"), "not UTF-8"), (b"\xff\xfea\0", "not UTF-8")],
 )
 def test_a_text_that_says_nothing_is_counted(tmp_path: Path, content: bytes | None, told: str):
     root = folder_with_texts(tmp_path / "a")
@@ -163,7 +163,9 @@ def test_no_text_at_all_names_both_ways(tmp_path: Path):
     root = folder_with_texts(tmp_path / "a")
     for file in root.glob("*.txt"):
         file.unlink()
-    with pytest.raises(DataError, match=r"no column 'text'.*metadata\.jsonl, or in \.txt files"):
+    with pytest.raises(
+        DataError, match=r"expected 0\.txt beside 0\.png, or metadata\.jsonl; or .* data\.instance_prompt"
+    ):
         open_rows(Data(path=str(root), resolution=8))
     assert open_rows(Data(path=str(root), resolution=8, caption_column=None)).texts[0] == ("",)
 

@@ -34,8 +34,6 @@ def variants(raw: Any, data: Data) -> tuple[str, ...]:
     for text in listed:
         if text is not None and not isinstance(text, str):
             raise ValueError(f"is {text!r}, not text")
-    if raw is None:
-        raise ValueError("is missing")
     if data.caption_lines != "all":
         listed = [line_of(text, data.caption_lines) for text in listed if text and text.strip()]
     if data.split_captions_at:

@@ -203,6 +203,8 @@ def caption_texts(table: Table, row: int, data: Data) -> tuple[str, ...]:
         return (table.caption_of_all or data.instance_prompt or "",)
     raw = table.caption(row)
     try:
+        if raw is None and table.caption_files:
+            raise ValueError("is missing")
         return variants(raw, data)
     except ValueError as error:
         raise ValueError(f"its caption ({table.about_captions}) {error}") from error

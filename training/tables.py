@@ -141,6 +141,7 @@ class Table:
     ):
         self.source, self.pictures, self.captions, self.masks, self.root = source, pictures, captions, masks, root
         self.about_captions, self._state, self.also = about_captions, state, ""
+        self.caption_files = isinstance(captions, Computed)  # each caption is a file, which may be missing
         self.caption_of_all: str | None = None
         self.loss_weight = 1.0
 

@@ -55,7 +55,7 @@ class TarTable(Table):
         captions = () if caption_column else None  # read from the tars, not from here
         masks = () if mask_column else None
         super().__init__(source, (), captions, masks, about_captions=f"{caption_extension} or .json {caption_column!r}")
-        self.files, self.caption_column = list(files), caption_column
+        self.files, self.caption_column, self.caption_files = list(files), caption_column, True
         self.names = list(names) if names is not None else [str(file) for file in files]
         known, one = picture_endings(), f".{image_column.lower()}"
         pictures = frozenset((one,)) if PurePosixPath(f"x{one}").suffix in known else known
