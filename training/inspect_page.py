@@ -69,6 +69,18 @@ class Inspection:
     note: str = ""
     caption_lengths: tuple[Lengths, str] | None = None
 
+    @property
+    def same(self) -> bool:
+        """Nothing is held out: both splits are the same rows."""
+        rows = [one.rows for one in self.seen if one.rows is not None]
+        return self.data.held_out == 0 and len(rows) == 2 and np.array_equal(rows[0].content(), rows[1].content())
+
+    @property
+    def parts(self) -> list[Rows]:
+        """The rows of each split, once."""
+        rows = [one.rows for one in self.seen if one.rows is not None]
+        return rows[:1] if self.same else rows
+
 
 def inspect(config: Config | Data, *, step: int | None = None, note: str = "") -> Inspection:
     """Look at all rows of a config's data. Data that no run would take is described, not raised.
@@ -83,8 +95,7 @@ def inspect(config: Config | Data, *, step: int | None = None, note: str = "") -
     shapes = shapes_of(data, buckets, step)
     seen = [_look(data, split, shapes) for split in ("train", "test")]
     result = Inspection(config, data, seen, note)
-    parts = [one.rows for one in seen if one.rows is not None]
-    if parts and data.caption_column is not None:
+    if (parts := result.parts) and data.caption_column is not None:
         count, limit, unit = _counter(config)
         result.caption_lengths = lengths(_texts(parts), count, limit, NAMED), unit
     return result
@@ -93,8 +104,7 @@ def inspect(config: Config | Data, *, step: int | None = None, note: str = "") -
 def summary(found: Inspection) -> str:
     """The same in a few lines for the terminal."""
     lines: list[str] = []
-    splits = [one.rows for one in found.seen if one.rows is not None]
-    same = len(splits) == 2 and np.array_equal(splits[0].content(), splits[1].content())
+    same = found.same
     for one in found.seen:
         if one.split == "test" and same:
             lines.append("test: the rows of train, as none is held out")
@@ -121,7 +131,7 @@ def summary(found: Inspection) -> str:
         known, unit = found.caption_lengths
         text = f"captions: {known.texts:,}, the longest of {plural(known.longest, unit[:-1])}"
         lines.append(f"{text}, {known.long:,} of more than {known.limit}" if known.long else text)
-        if advice := lines_advice(islice(_texts(splits), SEVERAL_LINES)):
+        if advice := lines_advice(islice(_texts(found.parts), SEVERAL_LINES)):
             lines.append(f"captions: {advice}")
     skipped = [] if same else [x for one in found.seen[1:] for x in one.skipped]
     skipped = found.seen[0].skipped + skipped
@@ -227,9 +237,8 @@ def _overview(data: Data, seen: Sequence[_Seen]) -> list[str]:
     for one in seen:
         if one.rows is not None:
             told[f"{one.split}: sizes"] = _sizes(one.rows)
-            told[f"{one.split}: enlarged"] = (
-                f"{_enlarged(one.rows):,} pictures are smaller than what they are scaled to"
-            )
+            enlarged = plural(_enlarged(one.rows), "picture is", "pictures are")
+            told[f"{one.split}: enlarged"] = f"{enlarged} smaller than the bucket"
     if data.streaming:
         told["stream"] = f"of the training files, their first {OF_STREAM:,} rows were looked at"
     elif any(one.looked is not None and not one.looked.verified for one in seen):
@@ -294,7 +303,7 @@ def _captions(inspection: Inspection) -> list[str]:
     if inspection.caption_lengths is None:
         return []
     data, (found, unit) = inspection.data, inspection.caption_lengths
-    parts = [one.rows for one in inspection.seen if one.rows is not None]
+    parts = inspection.parts
     count, limit, _ = _counter(inspection.config)
     advice = lines_advice(islice(_texts(parts), SEVERAL_LINES))
     variants = Counter(len(some) for rows in parts for some in islice(rows.texts, 10_000))
