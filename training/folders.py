@@ -43,8 +43,8 @@ def walk(root: Path) -> Iterator[tuple[str, list[str]]]:
     top, entered = os.path.realpath(root), set[tuple[int, int]]()
 
     def leads_outside(link: str) -> bool:
-        target = os.path.realpath(link)
-        return os.path.commonpath([top, target]) not in (top, target)
+        one, other = os.path.join(top, ""), os.path.join(os.path.realpath(link), "")
+        return not (one.startswith(other) or other.startswith(one))
 
     def unreadable(error: OSError) -> None:
         log_once(logging.WARNING, f"{printable(str(error.filename))}: left out, cannot be read ({error.strerror})")
