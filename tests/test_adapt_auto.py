@@ -55,7 +55,7 @@ def test_the_number_of_pictures_decides_rank_and_length(root: Path, tmp_path: Pa
 def test_captions_beside_the_pictures_are_taken(root: Path, tmp_path: Path) -> None:
     images = folder(tmp_path / "p", 2)
     (images / "0.txt").write_text("a red box")
-    with pytest.raises(DataError, match=r"1 of 2 pictures have a caption.*1.txt is missing"):
+    with pytest.raises(DataError, match=r"1 of 2 pictures has a caption.*1.txt is missing"):
         made(root, images)
     (images / "1.txt").write_text("a blue box")
     config = made(root, images)

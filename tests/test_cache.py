@@ -207,7 +207,7 @@ def test_long_captions_are_refused(tmp_path: Path):
     made(tmp_path / "a", rows, long_captions="refuse")
     rows.texts[5] = ("zebra", LONG)
     for how in ({}, {"text": False}):
-        with pytest.raises(DataError, match="1 of 9 captions have more than 12 tokens"):
+        with pytest.raises(DataError, match="1 of 9 captions has more than 12 tokens"):
             made(tmp_path / "b", rows, long_captions="refuse", **how)
     assert not (tmp_path / "b").exists()
     text = tiny.text()

@@ -10,7 +10,7 @@ import torch
 
 from ldm.models.long_text import chunks
 from tests.datasets_made import encoded, flat, imagefolder, parquet
-from training.captions import check_lengths, chosen, lengths, shuffled, variants
+from training.captions import check_lengths, chosen, lengths, lines_advice, shuffled, variants
 from training.data import DataError, open_rows
 from training.schema import Data
 
@@ -140,7 +140,7 @@ def test_texts_in_folders_of_splits(tmp_path: Path):
 
 @pytest.mark.parametrize(
     ("content", "told"),
-    [(None, "is empty"), (b" \n", "is empty"), ("é".encode("latin-1"), "not UTF-8"), (b"\xff\xfea\0", "not UTF-8")],
+    [(None, "is missing"), (b" \n", "is empty"), ("é".encode("latin-1"), "not UTF-8"), (b"\xff\xfea\0", "not UTF-8")],
 )
 def test_a_text_that_says_nothing_is_counted(tmp_path: Path, content: bytes | None, told: str):
     root = folder_with_texts(tmp_path / "a")
@@ -163,7 +163,9 @@ def test_no_text_at_all_names_both_ways(tmp_path: Path):
     root = folder_with_texts(tmp_path / "a")
     for file in root.glob("*.txt"):
         file.unlink()
-    with pytest.raises(DataError, match=r"no column 'text'.*metadata\.jsonl, or in \.txt files"):
+    with pytest.raises(
+        DataError, match=r"expected 0\.txt beside 0\.png, or metadata\.jsonl; or .* data\.instance_prompt"
+    ):
         open_rows(Data(path=str(root), resolution=8))
     assert open_rows(Data(path=str(root), resolution=8, caption_column=None)).texts[0] == ("",)
 
@@ -208,3 +210,48 @@ def test_captions_are_read_when_they_are_asked_for(tmp_path: Path, monkeypatch: 
     assert rows.texts == [(x,) for x in captions]
     with pytest.raises(IndexError):
         rows.captions[40]
+
+
+# ---- several lines
+
+LANGUAGES = "de.utf8=ein Haus\nen.utf8=a house\npt_BR.utf8=uma casa\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "lines", "expected"),
+    [
+        ("one\ntwo\n", "all", "one\ntwo"),
+        ("\n one \r\ntwo\n", "first", "one"),
+        (LANGUAGES, "en", "a house"),
+        (LANGUAGES, "pt", "uma casa"),
+        (LANGUAGES, "PT-br", "uma casa"),
+        ("[de] ein Haus\n[en] a house: red", "en", "a house: red"),
+        ("de: ein Haus\nen = a house", "de", "ein Haus"),
+    ],
+)
+def test_a_line_of_a_caption(tmp_path: Path, text: str, lines: str, expected: str):
+    root = folder_with_texts(tmp_path / "a", 3)
+    for file in root.glob("*.txt"):
+        file.write_text(text)
+    rows = open_rows(Data(path=str(root), resolution=8, held_out=0.0, caption_lines=lines))
+    assert list(rows.captions) == [expected] * 3
+    table = parquet(tmp_path / "a.parquet", {"image": [encoded(flat(n)) for n in range(2)], "text": [text] * 2})
+    assert set(open_rows(Data(path=str(table), resolution=8, held_out=0.0, caption_lines=lines)).captions) == {expected}
+
+
+def test_a_language_that_is_not_there_is_named(tmp_path: Path):
+    root = folder_with_texts(tmp_path / "a", 3)
+    (root / "1.txt").write_text(LANGUAGES)
+    with pytest.raises(DataError, match=r"3 of 3 .*1\.png: its caption.* no line of language 'fr'.*are: de, en, pt-br"):
+        open_rows(Data(path=str(root), resolution=8, held_out=0.0, caption_lines="fr"))
+    for wrong in ("second", "", "1"):
+        with pytest.raises(ValueError, match="expected all, first, or a language"):
+            Data(path="a", caption_lines=wrong)
+
+
+def test_lines_are_advised_of():
+    assert lines_advice(["a", "b\n"]) == ""
+    assert lines_advice(["a", "b\nc: d"]).startswith("1 of 2 captions has several lines, which are read as one")
+    told = lines_advice([LANGUAGES, LANGUAGES])
+    assert told.startswith("2 of 2 captions have several lines, each in a language (de, en, pt_BR); ")
+    assert told.endswith("data.caption_lines: de takes one")

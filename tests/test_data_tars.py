@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import pickle
 import tarfile
 from collections import Counter
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 
 from tests.datasets_made import encoded, flat, imagefolder, noise, parquet, tar
+from training import folders
 from training.data import DataError, open_rows, repeated
 from training.schema import Data
 from training.schema.data import Source
@@ -203,3 +205,71 @@ def test_parquet_and_tars_in_one_folder(three: Path, tmp_path: Path):
         open_rows(Data(path=str(tmp_path / "a"), resolution=8))
     with pytest.raises(DataError, match=r"parquet files and tars; name one of the two, or both in data\.sources"):
         open_rows(Data(path=str(three), resolution=8))
+
+
+# ---- names
+
+
+def tarred(place: Path, names: list[str], **keys) -> list[int]:
+    """Numbers of the rows of a tar, from its pictures; each with the caption of its number, which its name holds."""
+    folders.log_once.cache_clear()
+    contents = []
+    for name in names:
+        n = int("".join(x for x in name.rpartition("_")[2] if x.isdigit()) or 0)
+        picture = name.lower().endswith((".png", ".jpg"))
+        contents.append((name, encoded(flat(n)) if picture else f"number {n}".encode()))
+    rows = open_rows(Data(path=str(tar(place, contents)), **{"resolution": 8, "held_out": 0.0, **keys}))
+    seen = [value(rows, i) for i in range(len(rows))]
+    if rows.data.caption_column:
+        assert list(rows.captions) == [f"number {n}" for n in seen]
+    return seen
+
+
+@pytest.mark.parametrize("stem", ["img_v.{}", "a.b.c_{}", "img 1.5x_{}", "x.y/{}", "x.y/v2.0_{}", "{}.final.2"])
+def test_dots_belong_to_a_name(tmp_path: Path, stem: str):
+    """As they do in a folder; mixed with names that have none."""
+    stems = [stem.format(n) if n % 3 else f"{n:04}" for n in range(1, 7)]
+    if "final" in stem:
+        stems = [f"_{n}.final.x" for n in range(1, 7)]
+    names = [f"{x}{ending}" for x in stems for ending in (".png", ".txt")]
+    assert tarred(tmp_path / "a.tar", names) == list(range(1, 7))
+    assert tarred(tmp_path / "b.tar", names, caption_column=None) == list(range(1, 7))
+
+
+def test_captions_anywhere_in_the_tar(tmp_path: Path):
+    """Behind all pictures, before them, in another order, in folders, with dots."""
+    stems = [f"a/{n}" if n % 2 else f"v.{n}" for n in range(1, 7)]
+    pictures, texts = ([f"{x}{ending}" for x in stems] for ending in (".png", ".txt"))
+    for number, names in enumerate((pictures + texts, texts + pictures, pictures + texts[::-1])):
+        assert tarred(tmp_path / f"{number}.tar", names) == list(range(1, 7))
+    masks = [f"{x}.mask.png" for x in stems]
+    rows = open_rows(
+        Data(
+            path=str(tar(tmp_path / "m.tar", [(x, encoded(flat(7))) for x in pictures + masks[:3]] + [
+                (x, b"a") for x in texts])), resolution=8, held_out=0.0, mask_column="mask.png",
+        )
+    )  # fmt: skip
+    assert [rows.masks([i]).mean() < 1 for i in range(6)] == [True] * 3 + [False] * 3
+
+
+def test_what_webdatasets_names_say_is_kept(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    """Other pictures of a sample are no rows; a sample's caption is that of its only picture."""
+    caplog.set_level(logging.INFO, "training")
+    names = [f"_{n}{x}" for n in range(3) for x in (".depth.png", ".png", ".seg.png", ".txt", ".cls")]
+    assert tarred(tmp_path / "a.tar", names) == [0, 1, 2]
+    assert "passed over: 3 .cls, 6 .png" in caplog.text
+    assert tarred(tmp_path / "b.tar", names, caption_column=None) == [0, 1, 2]
+    assert tarred(tmp_path / "c.tar", [f"_{n}{x}" for n in range(3) for x in (".orig.png", ".txt")]) == [0, 1, 2]
+    both = [f"_{n}{x}" for n in range(3) for x in (".orig.png", ".seg.png", ".txt")]
+    with pytest.raises(DataError, match=r"6 of 6 rows .*_0\.orig: its caption \(.*\) is missing"):
+        tarred(tmp_path / "d.tar", both)
+    assert tarred(tmp_path / "e.tar", both, image_column="orig.png") == [0, 1, 2]
+
+
+@pytest.mark.parametrize("added", ["._{}", "__MACOSX/._{}", "__MACOSX/{}", ".DS_Store", "a/._{}"])
+def test_members_that_macos_adds_are_no_rows(tmp_path: Path, added: str):
+    names = [f"{n}.{ending}" for n in range(4) for ending in ("png", "txt")]
+    contents = [(x, encoded(flat(int(x[0]))) if "png" in x else f"number {x[0]}".encode()) for x in names]
+    every = [pair for x in contents for pair in ((added.format(x[0]), b"\0\5\x16\7" + bytes(99)), (f"./{x[0]}", x[1]))]
+    rows = open_rows(Data(path=str(tar(tmp_path / "a.tar", every)), resolution=8, held_out=0.0))
+    assert list(rows.captions) == [f"number {value(rows, i)}" for i in range(4)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 import re
 import tarfile
 import time
@@ -13,11 +14,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from typer.testing import CliRunner
 
 from tests.datasets_made import encoded, flat, imagefolder, noise, parquet, tar
-from training.config import parse
+from training import cli_inspect
+from training.config import load, parse
 from training.data import DataError, open_rows
-from training.inspect_page import write_data_page
+from training.fit import side_step
+from training.inspect_page import inspect, summary, write_data_page
 from training.schema import Data
 
 VOID = {"meta", "img", "br"}
@@ -177,3 +181,46 @@ def test_a_task_of_squares_has_no_buckets(tmp_path: Path):
     config = parse({**raw, "data": {"path": str(mixed(tmp_path / "a")), "resolution": 32, "bucket_step": 8}}, "here")
     text, _ = page_of(config, tmp_path / "data.html")
     assert "32×32: " in text and "40×" not in text
+
+
+@pytest.mark.parametrize("place", ["beside", "named", "gone"])
+def test_the_buckets_of_a_run_are_known_before_its_autoencoder_is_trained(tmp_path: Path, place: str):
+    """The step is that of the autoencoder's config, or the summary and the page say that it is a guess."""
+    root, home = mixed(tmp_path / "a"), tmp_path / "configs"
+    home.mkdir()
+    vae = {"task": "autoencoder", "output_dir": str(tmp_path / "vae"), "train": {"images": 9}, "data": {"path": "a"}}
+    vae["model"] = {"block_out_channels": [8, 16]}  # 2 pixels to a latent
+    unet = diffusion({"path": str(root), "resolution": 32}, "openai/clip")
+    unet |= {"vae": {"pretrained": str(tmp_path / "vae")}, "model": {"name": "dit", "patch_size": 2}}
+    (home / "other.yaml").write_text(json.dumps({**vae, "output_dir": "elsewhere", "model": {}}))
+    (home / "u.yaml").write_text(json.dumps(unet))
+    first = (home if place == "beside" else tmp_path) / "first.yaml"
+    if place != "gone":
+        first.write_text(json.dumps(vae))
+    given = [str(home / "u.yaml"), *([str(first)] if place == "named" else [])]
+    said = CliRunner().invoke(cli_inspect.app, ["data", *given, "-o", str(tmp_path / "d.html")])
+    assert said.exit_code == 0, said
+    text = _Reader((tmp_path / "d.html").read_text()).text
+    if place == "gone":
+        assert "are a guess" in text and "are a guess" in said.stdout and "1 bucket: 32×32" in said.stdout
+        return
+    config = load(home / "u.yaml")
+    run = open_rows(config.data, step=side_step(config, [load(first)]))
+    assert len(run.shapes) == 3
+    assert all(f"{w}×{h} (" in said.stdout and f"{w}×{h}" in text for h, w in run.shapes)
+    assert (str(first) in said.stdout.replace("\n", "")) is (place == "beside")
+
+
+def test_a_summary(tmp_path: Path):
+    root = mixed(tmp_path / "a")
+    (root / "3.png").write_bytes(b"junk")
+    (root / "5.txt").write_text("de=ein Haus\nen=a house")
+    told = summary(inspect(Data(path=str(root), resolution=32, bucket_step=8, held_out=0.0)))
+    assert told.startswith("train: 29 rows, 32×32 to 60×30 pixels\n")
+    assert "test: the rows of train, as none is held out" in told
+    assert "3 buckets: 40×24 (10), 32×32 (9), 24×40 (10)" in told
+    assert "captions: 29, the longest of 81 words, 1 of more than 75" in told
+    assert "captions: 1 of 29 captions has several lines, each in a language (de, en)" in told
+    assert "left out: 1 row: " in told and "3.png: does not decode (not a picture in a known format)" in told
+    told = summary(inspect(Data(path=str(tmp_path / "gone"))))
+    assert told.startswith(f"train: {tmp_path / 'gone'}: no such folder")

@@ -67,7 +67,7 @@ def parts() -> Parts:
 def test_an_instance_prompt_is_the_caption_of_every_picture(tmp_path):
     folder = pictures(tmp_path / "own", 5)
     (folder / "mine_0.txt").write_text("its own")
-    with pytest.raises(DataError, match=r"no column .* as instance_prompt"):
+    with pytest.raises(DataError, match=r"no captions found .* as data\.instance_prompt"):
         open_rows(Data(path=str(pictures(tmp_path / "bare", 5)), **SQUARE))
     rows = open_rows(Data(path=str(folder), instance_prompt=" a photo of sks dog ", **SQUARE))
     assert len(rows) == 4 and set(rows.texts) == {("a photo of sks dog",)}  # one is held out
@@ -144,7 +144,7 @@ def test_one_broken_picture_of_five_is_named_before_anything_runs(tmp_path, brok
     file = folder / f"mine_{broken}.png"
     file.write_bytes(file.read_bytes()[:400])
     data = Data(path=str(folder), instance_prompt="sks", **SQUARE)
-    with pytest.raises(DataError, match=rf"1 of [14] rows .*{file.name}.*max_skipped\); mend or remove them"):
+    with pytest.raises(DataError, match=rf"1 of (4 rows|1 row) .*{file.name}.*max_skipped\); mend or remove them"):
         for split in ("train", "test"):
             open_rows(data, split=split)
     assert file.is_file()

@@ -6,6 +6,7 @@ What is chosen is what people take who train such models often; it is written do
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +18,8 @@ from .config import Dumper, parse, put
 from .fit import ConfigError
 from .schema import AdaptConfig
 from .tables import DataError
+
+log = logging.getLogger(__name__)
 
 Method = Literal["lora", "dreambooth", "textual_inversion", "finetune"]
 METHODS = ("lora", "dreambooth", "textual_inversion", "finetune")
@@ -98,32 +101,46 @@ def adapt_config(
 
 def look(images: Path, trigger: str) -> Pictures:
     """At a folder of pictures, by its names and captions alone."""
-    from .sources import pictures_in
+    from .captions import lines_advice
+    from .folders import metadata_in, pictures_in, plural, report_others, survey
+    from .tables import Beside
 
     if not images.is_dir():
         raise DataError(f"--images {images}: no such folder")
-    files = [Path(x) for x in pictures_in(images)]
-    if not files:
-        raise DataError(f"--images {images}: no pictures in it, whose names end in .jpg, .png, .webp and the like")
-    if any(images.rglob("metadata.*")):
-        texts = [
-            x.read_text(encoding="utf-8", errors="replace")
-            for x in images.rglob("metadata.*")
-            if x.suffix != ".parquet"
-        ]
-        return Pictures(len(files), "metadata", any(trigger.lower() in text.lower() for text in texts))
-    beside = [file.with_suffix(".txt") for file in files]
-    there = [file for file in beside if file.is_file()]
-    if not there:
-        return Pictures(len(files), "none", False)
-    if len(there) < len(files):
-        (first, *_) = [file for file in beside if not file.is_file()]
+    found = survey([images])
+    metadata, ending = metadata_in(images), found.ending(".txt")
+    if not found.pictures:
+        others = f"; there are {x}" if (x := found.describe_others(None)) else ""
+        report_others(str(images), found, None)
         raise DataError(
-            f"--images {images}: {len(there)} of {len(files)} pictures have a caption in a .txt file beside them, "
-            f"{first.name} is missing; write the others, or take all away"
+            f"--images {images}: no pictures in it, whose names end in .jpg, .png, .webp and the like{others}"
         )
-    told = any(trigger.lower() in x.read_text(encoding="utf-8", errors="replace").lower() for x in there)
-    return Pictures(len(files), "files", told)
+    if metadata:
+        texts = [x.read_text(encoding="utf-8", errors="replace") for x in metadata if x.suffix != ".parquet"]
+        log.info("captions: %s has those of the pictures", metadata[0])
+        return Pictures(found.pictures, "metadata", any(trigger.lower() in text.lower() for text in texts))
+    has = "has" if found.captions[ending] == 1 else "have"
+    known = f"{found.captions[ending]:,} of {plural(found.pictures, 'picture')} {has} a"
+    if not found.captions[ending]:
+        log.info(
+            "captions: no picture has a file beside it, as in %s%s; each is trained on the trigger alone",
+            found.expected(ending),
+            found.unused_text(ending),
+        )
+        return Pictures(found.pictures, "none", False)
+    beside = Beside(*found.variants(ending), text=False)
+    files = [(path, beside.file(path)) for path in pictures_in(images)]
+    without = next((file for _, file in files if not file.is_file()), None)
+    if without is not None:
+        raise DataError(
+            f"--images {images}: {known} caption in a {ending} file beside {'it' if has == 'has' else 'them'}, "
+            f"{without.name} is missing; write the others, or take all away"
+        )
+    log.info("captions: %s %s file", known, ending)
+    texts = [file.read_text(encoding="utf-8", errors="replace") for _, file in files]
+    if advice := lines_advice(texts):
+        log.warning("captions: %s", advice)
+    return Pictures(found.pictures, "files", any(trigger.lower() in text.lower() for text in texts))
 
 
 # --- what is chosen --------------------------------------------------------------------------------------------------

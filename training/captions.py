@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -12,9 +13,14 @@ from torch import Tensor
 from ldm import rng
 from ldm.models.long_text import Count
 
+from .folders import plural
 from .schema import Data
 from .tables import AT_ONCE, DataError, batched
 
+# A line with its language in front: "de.utf8=", "de=", "pt_BR: " or "[de]".
+LANGUAGE = re.compile(
+    r"^\s*(?:([A-Za-z]{2,3}(?:[-_][A-Za-z]{2,4})?)(?:\.[\w-]+)?\s*[=:]|\[([A-Za-z]{2,3}(?:[-_][A-Za-z]{2,4})?)\])(.*)$"
+)
 VARIANT, TAGS = 6, 7  # streams of ``batches.Stream``: which caption, in which order its tags
 
 
@@ -28,12 +34,64 @@ def variants(raw: Any, data: Data) -> tuple[str, ...]:
     for text in listed:
         if text is not None and not isinstance(text, str):
             raise ValueError(f"is {text!r}, not text")
+    if data.caption_lines != "all":
+        listed = [line_of(text, data.caption_lines) for text in listed if text and text.strip()]
     if data.split_captions_at:
         listed = [part for text in listed if text for part in text.split(data.split_captions_at)]
     texts = list(dict.fromkeys(text.strip() for text in listed if text and text.strip()))
     if not texts:
         raise ValueError("is empty")
     return tuple(template.replace("{}", text) for text in texts for template in data.caption_templates or ("{}",))
+
+
+def line_of(text: str, lines: str) -> str:
+    """One line of a caption.
+
+    Args:
+        lines: ``first``, or a language: the text behind ``de.utf8=``, ``de=``, ``de:`` or ``[de]``.
+            ``de`` also takes ``de_AT=``.
+    Raises:
+        ValueError: no line of that language.
+    """
+    listed = [line.strip() for line in text.splitlines() if line.strip()]
+    if lines == "first":
+        return listed[0] if listed else ""
+    tagged = [match.groups() for line in listed if (match := LANGUAGE.match(line))]
+    languages = {(a or b).lower().replace("_", "-"): words.strip() for a, b, words in reversed(tagged)}
+    wanted = lines.lower().replace("_", "-")
+    if wanted in languages:
+        return languages[wanted]
+    for name, words in languages.items():
+        if name.split("-")[0] == wanted:
+            return words
+    there = f"; there are: {', '.join(sorted(languages)[:8])}" if languages else ""
+    raise ValueError(f"has no line of language {lines!r} (data.caption_lines){there}")
+
+
+def languages_in(text: str) -> list[str]:
+    """Languages of a text in which each line names its own; empty for any other text."""
+    listed = [line for line in text.splitlines() if line.strip()]
+    tagged = [match for line in listed if (match := LANGUAGE.match(line))]
+    if len(tagged) < 2 or len(tagged) < len(listed):
+        return []
+    return [match[1] or match[2] for match in tagged]
+
+
+def lines_advice(texts: Iterable[str]) -> str:
+    """What to say of captions with several lines; empty where none has."""
+    several = total = 0
+    languages: list[str] = []
+    for text in texts:
+        total += 1
+        several += len([line for line in text.splitlines() if line.strip()]) > 1
+        languages = languages or languages_in(text)
+    if not several:
+        return ""
+    known = f"{several} of {plural(total, 'caption')} {'has' if several == 1 else 'have'} several lines"
+    if languages:
+        code = languages[0]
+        return f"{known}, each in a language ({', '.join(languages[:8])}); data.caption_lines: {code} takes one"
+    return f"{known}, which are read as one text; data.caption_lines: first takes the first line"
 
 
 def chosen(texts: Sequence[tuple[str, ...]], index: Tensor, seed: int, data: Data) -> list[str]:
@@ -72,7 +130,8 @@ class Lengths:
     examples: tuple[str, ...]
 
     def __str__(self) -> str:
-        return f"{self.long} of {self.texts} captions have more than {self.limit} tokens, the longest {self.longest}"
+        of = f"{self.long} of {plural(self.texts, 'caption')} {'has' if self.long == 1 else 'have'}"
+        return f"{of} more than {self.limit} tokens, the longest {self.longest}"
 
 
 def lengths(texts: Iterable[str], count: Count, limit: int, examples: int = 5) -> Lengths:

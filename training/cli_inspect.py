@@ -17,11 +17,17 @@ Configs = Annotated[list[str], typer.Argument(help="Config file, and key=value o
 @app.command("data")
 def inspect_data(
     source: Annotated[str, typer.Argument(help="Config file, or a data set: folder, parquet or tar file, hub:name.")],
-    overrides: Annotated[list[str] | None, typer.Argument(help="key=value overrides of the config.")] = None,
+    more: Annotated[
+        list[str] | None,
+        typer.Argument(help="key=value overrides of the config, and the config of its autoencoder."),
+    ] = None,
     out: Annotated[Path, typer.Option("-o", "--out", help="HTML file to write.")] = Path("data.html"),
 ) -> None:
-    """Look at all rows: what was found, what is left out and why, buckets and crops, captions, duplicates."""
-    from .fit import ConfigError, side_step
+    """Look at all rows: what was found, what is left out and why, buckets and crops, captions, duplicates.
+
+    Print a summary and write a page. The buckets are those of the run that the config describes.
+    """
+    from .fit import ConfigError
     from .schema import Data
 
     say()
@@ -29,20 +35,57 @@ def inspect_data(
     if source.endswith((".yaml", ".yml")):
         from .config import load
 
-        config, step = load(source, overrides or []), None
-        with suppress(ConfigError):  # the autoencoder may not be there yet
-            step = side_step(config)
+        config = load(source, [x for x in more or [] if "=" in x])
+        step, note = _bucket_step(config, source, [x for x in more or [] if "=" not in x])
     else:
-        if overrides:
-            raise ConfigError(f"{overrides[0]}: only a config takes overrides, and {source} is a data set")
+        if more:
+            raise ConfigError(f"{more[0]}: only a config takes overrides, and {source} is a data set")
         config, step = Data(path=source), None
-    from .inspect_page import write_data_page
+        note = f"no config: buckets of {config.resolution} pixels; a run's own with `ldm inspect data CONFIG`"
+    from .inspect_page import inspect, summary, write_data_page
 
     for place in (config if isinstance(config, Data) else config.data).places:
         elsewhere = place.path.startswith("hub:") or "://" in place.path or "*" in place.path
         if not elsewhere and not Path(place.path).expanduser().exists():
             raise ConfigError(f"{place.path}: no such folder or file (a data set of the hub is written hub:owner/name)")
-    print(write_data_page(config, out, step=step))
+    found = inspect(config, step=step, note=note)
+    print(summary(found))
+    print(write_data_page(config, out, found=found))
+
+
+def _bucket_step(config: Any, source: str, configs: list[str]) -> tuple[int | None, str]:
+    """What a bucket's sides must be multiples of in the run, and what is to be known about it.
+
+    An autoencoder that is not trained yet is found by its config: one of ``configs``, or one beside ``source``.
+
+    Raises:
+        ConfigError: one of ``configs`` cannot be read.
+    """
+    from .buckets import default_step
+    from .config import load
+    from .fit import ConfigError, side_step
+    from .schema import DiffusionConfig
+
+    earlier = [load(file) for file in configs]
+    data = config.data
+    if data.bucket_step or not data.buckets:
+        return None, ""
+    try:
+        return side_step(config, earlier), ""
+    except ConfigError as error:
+        reason = str(error)
+    if isinstance(config, DiffusionConfig):
+        for file in sorted(Path(source).parent.glob("*.y*ml")):
+            with suppress(ConfigError):
+                step = side_step(config, [load(file)])
+                return step, f"buckets in steps of {step} pixels, as the autoencoder of {file} needs them"
+    step = default_step(data.resolution)
+    return None, (
+        f"buckets in steps of {step} pixels, which are a guess: the run may have others ({reason}); "
+        f"give the autoencoder's config too: `ldm inspect data {source} VAE.yaml`"
+        if isinstance(config, DiffusionConfig)
+        else f"buckets in steps of {step} pixels, which are a guess: the run may have others ({reason})"
+    )
 
 
 @app.command("model")

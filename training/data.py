@@ -376,7 +376,8 @@ def _check_skipped(skipped: list[Skipped], total: int, limit: float, where: str)
     if not skipped:
         return
     named = "; ".join(f"{x.name}: {x.reason}" for x in skipped[:5]) + ("; …" if len(skipped) > 5 else "")
-    message = f"{where}: {len(skipped)} of {total} rows are of no use: {named}"
+    rows = "row is" if total == 1 else "rows are"
+    message = f"{where}: {len(skipped)} of {total} {rows} of no use: {named}"
     if len(skipped) == total or len(skipped) > limit * total:
         allowed = f"At most {limit:.1%} may be skipped (data.max_skipped)"
         raise DataError(f"{message}. {allowed}; mend or remove them (nothing was deleted)")

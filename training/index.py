@@ -17,6 +17,7 @@ from PIL import Image
 from . import buckets as bucketing
 from .buckets import Shape, nearest
 from .captions import variants
+from .folders import plural
 from .pictures import decode, decode_mask, dimensions, one_line
 from .remembered import remembered
 from .schema import Data
@@ -142,6 +143,8 @@ def _known(table: Table, rows: np.ndarray, data: Data, shapes: list[Shape], veri
         return {**arrays, "skipped": np.frombuffer(skipped, np.uint8)}
 
     captions = f"{data.split_captions_at!r} {table.about_captions!r}"
+    if data.caption_lines != "all":
+        captions += f" {data.caption_lines!r}"
     about = (
         f"{table.source} {table.state()} {digest_of(rows.tobytes()).hex()} {shapes} {verify} {captions} {data.places}"
     )
@@ -200,6 +203,8 @@ def caption_texts(table: Table, row: int, data: Data) -> tuple[str, ...]:
         return (table.caption_of_all or data.instance_prompt or "",)
     raw = table.caption(row)
     try:
+        if raw is None and table.caption_files:
+            raise ValueError("is missing")
         return variants(raw, data)
     except ValueError as error:
         raise ValueError(f"its caption ({table.about_captions}) {error}") from error
@@ -225,7 +230,10 @@ def held_out(keys: np.ndarray, share: float, split: Split, source: str) -> np.nd
     order = keys.view(">u8")[::2]  # (N,) the first half of each
     test = (order < share * 2**64) | (order == order.min())  # one at least is held out
     if test.all():
-        raise DataError(f"{source}: {len(order)} row(s) are too few to hold one out; add rows")
+        raise DataError(
+            f"{source}: {plural(len(order), 'row is', 'rows are')} too few to hold one out; add rows, or set "
+            "data.held_out: 0"
+        )
     return np.flatnonzero(test == (split == "test"))
 
 

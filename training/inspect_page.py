@@ -16,9 +16,10 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw
 
-from .captions import Lengths, lengths
+from .captions import Lengths, lengths, lines_advice
 from .data import Rows, crop_shares, together
 from .evaluate.report import CSS, _embed, _table
+from .folders import plural
 from .index import Found, Looked, Skipped, look, look_at, shapes_of
 from .pictures import header, one_line, to_rgb
 from .schema import AutoencoderConfig, ClipConfig, Config, Data, DiffusionConfig
@@ -30,6 +31,7 @@ NAMED = 50  # rows that are named in a list
 SIDE = 160  # pixels of an example
 LENGTH = 300  # characters of a caption that is shown
 LIMIT = 77  # tokens that CLIP reads
+SEVERAL_LINES = 10_000  # captions that are looked at for lines
 OF_STREAM = 2000  # rows of a stream that are looked at
 
 OWN_CSS = """
@@ -52,16 +54,39 @@ class _Seen:
     error: str | None = None
 
 
-def write_data_page(config: Config | Data, out: Path, *, step: int | None = None) -> Path:
-    """Look at all rows of a config's data, and write one HTML file that opens without a server.
+@dataclass
+class Inspection:
+    """What ``inspect`` found.
 
-    Data that no run would take (a missing column, too many broken pictures) is told of in the page, not raised.
+    Attributes:
+        note: what is to be known about the buckets, such as that they are a guess.
+        caption_lengths: of all captions, and the unit that they are counted in; None without captions.
+    """
+
+    config: Config | Data
+    data: Data
+    seen: list[_Seen]
+    note: str = ""
+    caption_lengths: tuple[Lengths, str] | None = None
+
+    @property
+    def same(self) -> bool:
+        """Nothing is held out: both splits are the same rows."""
+        rows = [one.rows for one in self.seen if one.rows is not None]
+        return self.data.held_out == 0 and len(rows) == 2 and np.array_equal(rows[0].content(), rows[1].content())
+
+    @property
+    def parts(self) -> list[Rows]:
+        """The rows of each split, once."""
+        rows = [one.rows for one in self.seen if one.rows is not None]
+        return rows[:1] if self.same else rows
+
+
+def inspect(config: Config | Data, *, step: int | None = None, note: str = "") -> Inspection:
+    """Look at all rows of a config's data. Data that no run would take is described, not raised.
 
     Args:
-        out: the file; it is replaced at once, never half.
         step: what a bucket's sides must be multiples of, where ``data.bucket_step`` is left open.
-    Returns:
-        ``out``.
     Raises:
         DataError: a bucket step that does not fit the resolution.
     """
@@ -69,13 +94,89 @@ def write_data_page(config: Config | Data, out: Path, *, step: int | None = None
     buckets = False if isinstance(config, AutoencoderConfig | ClipConfig) else None
     shapes = shapes_of(data, buckets, step)
     seen = [_look(data, split, shapes) for split in ("train", "test")]
+    result = Inspection(config, data, seen, note)
+    if (parts := result.parts) and data.caption_column is not None:
+        count, limit, unit = _counter(config)
+        result.caption_lengths = lengths(_texts(parts), count, limit, NAMED), unit
+    return result
+
+
+def summary(found: Inspection) -> str:
+    """The same in a few lines for the terminal."""
+    lines: list[str] = []
+    same = found.same
+    for one in found.seen:
+        if one.split == "test" and same:
+            lines.append("test: the rows of train, as none is held out")
+        elif one.error is not None:
+            lines.append(f"{one.split}: {one.error}")
+        elif one.rows is None:
+            lines.append(f"{one.split}: none of {plural(one.total, 'row')} is of use")
+        else:
+            count = sum(len(part.row) for part in one.looked.found) if one.looked else len(one.rows)
+            text = f"{one.split}: {plural(count, 'row')}, {_sizes(one.rows)}"
+            if count != len(one.rows):
+                text += f", {len(one.rows):,} an epoch"
+            if enlarged := _enlarged(one.rows):
+                text += f", {enlarged:,} smaller than {'its' if enlarged == 1 else 'their'} bucket"
+            lines.append(text)
+    for one in found.seen:
+        if one.rows is not None and one.split == "train":
+            counts = np.bincount(one.rows.bucket, minlength=len(one.rows.shapes))
+            shapes = (f"{w}×{h} ({n:,})" for (h, w), n in zip(one.rows.shapes, counts.tolist(), strict=True))
+            lines.append(f"{plural(len(counts), 'bucket')}: {', '.join(shapes)}")
+    if found.note:
+        lines.append(found.note)
+    if found.caption_lengths is not None:
+        known, unit = found.caption_lengths
+        text = f"captions: {known.texts:,}, the longest of {plural(known.longest, unit[:-1])}"
+        lines.append(f"{text}, {known.long:,} of more than {known.limit}" if known.long else text)
+        if advice := lines_advice(islice(_texts(found.parts), SEVERAL_LINES)):
+            lines.append(f"captions: {advice}")
+    skipped = [] if same else [x for one in found.seen[1:] for x in one.skipped]
+    skipped = found.seen[0].skipped + skipped
+    if skipped:
+        named = "; ".join(f"{x.name}: {_reason(x)}" for x in skipped[:3]) + ("; …" if len(skipped) > 3 else "")
+        lines.append(f"left out: {plural(len(skipped), 'row')}: {named}")
+    return "\n".join(lines)
+
+
+def _texts(parts: Sequence[Rows]) -> Iterator[str]:
+    return (text for rows in parts for some in rows.texts for text in some)
+
+
+def _sizes(rows: Rows) -> str:
+    sizes = rows.sizes.astype(np.int64)
+    area = sizes.prod(1)
+    small, large = sizes[area.argmin()], sizes[area.argmax()]
+    if (small == large).all():
+        return f"{small[1]}×{small[0]} pixels"
+    return f"{small[1]}×{small[0]} to {large[1]}×{large[0]} pixels"
+
+
+def write_data_page(
+    config: Config | Data, out: Path, *, step: int | None = None, found: Inspection | None = None
+) -> Path:
+    """Write what ``inspect`` finds into one HTML file that opens without a server.
+
+    Args:
+        out: the file; it is replaced at once, never half.
+        step: as in ``inspect``.
+        found: of an earlier call; None: made here.
+    Returns:
+        ``out``.
+    Raises:
+        DataError: as ``inspect``.
+    """
+    found = found or inspect(config, step=step)
+    data, seen = found.data, found.seen
     title = f"Data: {', '.join(place.path for place in data.places)}"
     body = [f"<h1>{html.escape(title)}</h1>", *_overview(data, seen)]
     body += _left_out(data, seen)
     for one in seen:
         if one.rows is not None and one.split == "train":
-            body += _buckets(one.rows)
-    body += _captions(config, data, seen)
+            body += _buckets(one.rows, found.note)
+    body += _captions(found)
     body += _duplicates(seen)
     page = (
         f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>{html.escape(title)}</title>\n'
@@ -135,13 +236,9 @@ def _overview(data: Data, seen: Sequence[_Seen]) -> list[str]:
     told: dict[str, Any] = {}
     for one in seen:
         if one.rows is not None:
-            sizes = one.rows.sizes.astype(np.int64)
-            area = sizes.prod(1)
-            small, large = sizes[area.argmin()], sizes[area.argmax()]
-            told[f"{one.split}: sizes"] = f"{small[1]}×{small[0]} to {large[1]}×{large[0]} pixels"
-            told[f"{one.split}: enlarged"] = (
-                f"{_enlarged(one.rows):,} pictures are smaller than what they are scaled to"
-            )
+            told[f"{one.split}: sizes"] = _sizes(one.rows)
+            enlarged = plural(_enlarged(one.rows), "picture is", "pictures are")
+            told[f"{one.split}: enlarged"] = f"{enlarged} smaller than the bucket"
     if data.streaming:
         told["stream"] = f"of the training files, their first {OF_STREAM:,} rows were looked at"
     elif any(one.looked is not None and not one.looked.verified for one in seen):
@@ -183,10 +280,11 @@ def _kind(reason: str) -> str:
     return "Broken or missing pictures"
 
 
-def _buckets(rows: Rows) -> list[str]:
+def _buckets(rows: Rows, note: str = "") -> list[str]:
     counts, shares = np.bincount(rows.bucket, minlength=len(rows.shapes)), crop_shares(rows)
     how = "what is dark is cut off" if rows.center_crop else "the whole picture is squeezed"
     body = ["<h2>Buckets and crops</h2>", f'<p class="soft">Each picture, and beside it what is learnt; {how}.</p>']
+    body += [f'<p class="bad">{html.escape(note)}</p>'] if note else []
     table = []
     for b, (h, w) in enumerate(rows.shapes):
         own = shares[rows.bucket == b]
@@ -201,16 +299,13 @@ def _buckets(rows: Rows) -> list[str]:
     return body
 
 
-def _captions(config: Config | Data, data: Data, seen: Sequence[_Seen]) -> list[str]:
-    parts = [one.rows for one in seen if one.rows is not None]
-    if not parts or data.caption_column is None:
+def _captions(inspection: Inspection) -> list[str]:
+    if inspection.caption_lengths is None:
         return []
-    count, limit, unit = _counter(config)
-
-    def texts() -> Iterator[str]:
-        return (text for rows in parts for some in rows.texts for text in some)
-
-    found: Lengths = lengths(texts(), count, limit, NAMED)
+    data, (found, unit) = inspection.data, inspection.caption_lengths
+    parts = inspection.parts
+    count, limit, _ = _counter(inspection.config)
+    advice = lines_advice(islice(_texts(parts), SEVERAL_LINES))
     variants = Counter(len(some) for rows in parts for some in islice(rows.texts, 10_000))
     told = {
         "captions": found.texts,
@@ -223,7 +318,9 @@ def _captions(config: Config | Data, data: Data, seen: Sequence[_Seen]) -> list[
             "refuse": "a run would be refused" if found.long else "a run would be refused if there were one",
         }[data.long_captions],
     }
-    body = ["<h2>Captions</h2>", _table(told), "<h3>The first</h3>", _listed(map(_short, islice(texts(), 10)))]
+    body = ["<h2>Captions</h2>", _table(told)]
+    body += [f'<p class="bad">{html.escape(advice)}.</p>'] if advice else []
+    body += ["<h3>The first</h3>", _listed(map(_short, islice(_texts(parts), 10)))]
     if found.long:
         shown = _listed(_cut(text, limit, count) for text in found.examples)
         body += [

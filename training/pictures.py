@@ -4,10 +4,21 @@ from __future__ import annotations
 
 import io
 import math
+from functools import lru_cache
+from importlib.util import find_spec
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, PngImagePlugin
 
+# Text and colour profiles of valid PNGs (editing histories, workflows) are larger than Pillow's 1 MB
+# a chunk and 64 MB in all; they are never read here.
+PngImagePlugin.MAX_TEXT_CHUNK = 2**26
+PngImagePlugin.MAX_TEXT_MEMORY = 2**28
+
+HEIF = frozenset((".heic", ".heics", ".heif", ".heifs", ".hif"))
+HEIF_ADVICE = "`pip install pillow-heif` makes them readable, or convert them to JPEG"
+# Formats that Pillow names but does not decode to pixels by itself, documents and films.
+NO_PICTURES = frozenset(("BUFR", "EPS", "GRIB", "HDF5", "IPTC", "MPEG", "PDF", "WMF"))
 MAX_PIXELS = 89_478_485  # Pillow's own limit: a 268 MB RGB picture; what claims more is taken for a decompression bomb
 
 
@@ -100,14 +111,57 @@ def dimensions(data: bytes) -> tuple[int, int]:
         return height, width
 
 
+@lru_cache(maxsize=1)
+def _register_heif() -> bool:
+    """Make HEIF readable where pillow-heif is installed, once in each process."""
+    if find_spec("pillow_heif") is None:
+        return False
+    import pillow_heif
+
+    pillow_heif.register_heif_opener()
+    return True
+
+
+@lru_cache(maxsize=1)
+def picture_endings() -> frozenset[str]:
+    """Endings in lower case of the files that can be decoded."""
+    heif = _register_heif()
+    known = Image.registered_extensions().items()
+    endings = {ending for ending, name in known if name in Image.OPEN and name not in NO_PICTURES}
+    return frozenset(endings if heif else endings - HEIF)
+
+
+def _refusal(data: bytes, error: Exception) -> str:
+    """Why Pillow does not open encoded bytes; its own error names no reason where every format declined."""
+    if not isinstance(error, Image.UnidentifiedImageError):
+        return one_line(error)
+    for name in Image.ID:
+        factory, accept = Image.OPEN[name]
+        try:
+            answer = accept is not None and accept(data[:16])
+        except Exception:  # of too few bytes
+            continue
+        if isinstance(answer, str):
+            return answer
+        try:
+            if answer:
+                factory(io.BytesIO(data), "")
+        except Exception as reason:
+            return f"{name}: {one_line(reason)}"
+    if data[4:8] == b"ftyp" and data[8:12] in (b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1", b"msf1"):
+        return f"a HEIF picture; {HEIF_ADVICE}"
+    return "not a picture in a known format"
+
+
 def header(data: bytes) -> Image.Image:
     """Opened, not decoded. Raises ValueError where no picture is known in it, or one that is too large."""
+    _register_heif()
     try:
         picture = Image.open(io.BytesIO(data))
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ValueError(f"claims to be too large, a decompression bomb perhaps ({one_line(error)})") from error
     except Exception as error:
-        reason = "is empty" if not data else "does not decode (not a picture in a known format)"
+        reason = "is empty" if not data else f"does not decode ({_refusal(data, error)})"
         raise ValueError(reason) from error
     width, height = picture.size
     if width * height > MAX_PIXELS:
@@ -118,6 +172,7 @@ def header(data: bytes) -> Image.Image:
 def one_line(error: BaseException) -> str:
     """The first line of an error's message, and of its cause where it has none itself."""
     text = str(error).strip() or type(error).__name__
-    if error.__cause__ is not None and not isinstance(error, ValueError):
-        text += f": {error.__cause__}"
+    cause = str(error.__cause__ or "").strip()
+    if cause and cause not in text and not isinstance(error, ValueError):
+        text += f": {cause}"
     return " ".join(text.split())[:300]

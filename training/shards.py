@@ -17,7 +17,7 @@ from .remembered import state_of
 from .remote import filesystem, is_remote, list_files
 from .schema import Data
 from .schema.data import Source
-from .sources import HUB, SPLITS, cache_of, check_columns, columns_of, files_of, pick, split_of
+from .sources import HUB, SHARDS, SPLITS, cache_of, check_columns, columns_of, files_of, pick, split_of
 from .tables import DataError, Table, bytes_of
 from .tars import TarTable
 
@@ -35,7 +35,7 @@ class Shard:
 
     def open(self, data: Data) -> Table:
         """Its rows. Raises DataError naming the file."""
-        if not self.file.endswith(".tar"):
+        if not self.file.lower().endswith(".tar"):
             return ParquetTable(self.place, self.file, data)
         if is_remote(self.file):
             return RemoteTar(self.place, self.file, data)
@@ -86,7 +86,7 @@ def _local_files(source: str) -> dict[str, list[str]]:
 
 def _remote_files(source: str, data: Data) -> dict[str, list[str]]:
     root, listed = list_files(source, data.storage_options)
-    files = {ending: [x for x in listed if x.endswith(ending)] for ending in (".parquet", ".tar")}
+    files = {ending: [x for x in listed if x.lower().endswith(ending)] for ending in SHARDS}
     if not any(files.values()):
         raise DataError(f"{source}: data.streaming reads parquet and tar files; none of its {len(listed)} files is one")
     if all(files.values()):

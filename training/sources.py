@@ -11,14 +11,25 @@ from pathlib import Path, PurePath
 from typing import Any, Literal
 
 import numpy as np
-from PIL import Image
 
-from .pictures import one_line
+from .folders import (
+    METADATA,
+    Survey,
+    log_once,
+    metadata_in,
+    pictures_in,
+    plural,
+    printable,
+    report_others,
+    survey,
+    walk,
+)
+from .pictures import HEIF_ADVICE, one_line
 from .remembered import state_of
 from .remote import ShardCache, copy_of, is_remote
 from .schema import Data
 from .schema.data import Source
-from .tables import Beside, Column, Computed, DataError, Table, columns
+from .tables import Beside, Column, Computed, DataError, Table, columns, path_from_bytes
 from .tars import TarTable
 
 __all__ = ["HUB", "DataError", "Source", "Split", "files_of", "open_split", "pick", "pictures_in"]
@@ -26,6 +37,7 @@ __all__ = ["HUB", "DataError", "Source", "Split", "files_of", "open_split", "pic
 log = logging.getLogger(__name__)
 
 HUB = "hub:"
+SHARDS = (".parquet", ".tar")
 SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "test", "eval": "test"}
 SPLITS |= dict.fromkeys(("validation", "valid", "val", "dev"), "validation")
 
@@ -46,7 +58,7 @@ def open_split(place: Source, data: Data, split: Split, in_memory: int) -> tuple
         parts = _loaded(place.path, place.path.removeprefix(HUB))
         part, alone = pick(parts, split, place.path)
         table = _arrow_table(place, parts[part].data.table, parts[part]._fingerprint)
-        return table, _all(table, place, part), alone
+        return table, _some(np.arange(len(table)), place, part), alone
     if is_remote(place.path):
         cache = cache_of(data)
         copy = copy_of(place.path, data.storage_options, cache.folder, cache.max_bytes)
@@ -61,7 +73,7 @@ def open_split(place: Source, data: Data, split: Split, in_memory: int) -> tuple
     else:
         size = sum(file.stat().st_size for some in files.values() for file in some)
         table = _parquet(place, files[part], part, size <= in_memory)
-    return table, _all(table, place, part), alone
+    return table, _some(np.arange(len(table)), place, part), alone
 
 
 def files_of(source: str, beside: tuple[str, ...] = ()) -> tuple[Literal["imagefolder", "parquet", "tar"], Parts]:
@@ -72,19 +84,27 @@ def files_of(source: str, beside: tuple[str, ...] = ()) -> tuple[Literal["imagef
     """
     root = Path(source).expanduser()
     if root.exists():
-        files = [root] if root.is_file() else [x for x in sorted(root.rglob("*")) if x.suffix in (".parquet", ".tar")]
-        if root.is_file() and not re.search(r"\.(parquet|tar(\.\w+)?|tgz)$", root.name):
+        files = [root] if root.is_file() else [Path(folder, file) for folder, some in walk(root) for file in some]
+        if root.is_dir():
+            files = sorted(x for x in files if x.suffix.lower() in SHARDS)
+        if root.is_file() and not re.search(r"\.(parquet|tar(\.\w+)?|tgz)$", root.name, re.IGNORECASE):
             raise DataError(f"{source}: expected a folder, a .parquet or a .tar file")
-    elif found := sorted(Path(x) for x in glob.glob(str(root)) if x.endswith((".parquet", ".tar"))):
+    elif found := sorted(Path(x) for x in glob.glob(str(root)) if x.lower().endswith(SHARDS)):
         files, root = found, Path(os.path.commonpath([x.parent for x in found]))
     else:
         raise DataError(f"{source}: no such folder or file (a data set of the hub is written {HUB}owner/name)")
     files = [x for x in files if x.name != "metadata.parquet" and not _hidden(x, root)]
-    parquet = [x for x in files if x.suffix == ".parquet"]
+    parquet = [x for x in files if x.suffix.lower() == ".parquet"]
     if parquet and len(parquet) < len(files):
         raise DataError(f"{source}: holds parquet files and tars; name one of the two, or both in data.sources")
-    if files and not parquet and root.is_dir() and next(pictures_in(root, beside), None):
-        raise DataError(f"{source}: holds pictures and tars ({files[0].name}); move one of the two away")
+    if files and root.is_dir() and (picture := next(pictures_in(root, beside), None)):
+        if not parquet:
+            raise DataError(f"{source}: holds pictures and tars ({files[0].name}); move one of the two away")
+        log_once(
+            logging.WARNING,
+            f"{source}: its parquet files are read ({files[0].name}); the pictures beside them "
+            f"({printable(os.path.basename(picture))}) are left out",
+        )
     if parquet:
         files = [x for x in parquet if rows_of(x)]
         if not files:
@@ -97,13 +117,57 @@ def files_of(source: str, beside: tuple[str, ...] = ()) -> tuple[Literal["imagef
             raise DataError(f"{parts[''][0]}: belongs to no split, but other files here do ({', '.join(parts)})")
         return "parquet" if parquet else "tar", {name or "train": part for name, part in parts.items()}
     if next(pictures_in(root, beside), None) is None:
-        raise DataError(f"{source}: the data set is empty: no picture, no parquet file and no tar in this folder")
+        raise DataError(_no_pictures(source, survey([root], beside)))
+    return "imagefolder", _split_folders(source, root, beside)
+
+
+def _no_pictures(source: str, found: Survey) -> str:
+    text = f"{source}: the data set is empty: no picture, no parquet file and no tar in this folder"
+    if found.heif:
+        return f"{text}, but {plural(found.heif, 'HEIF picture')}: {HEIF_ADVICE}"
+    others = found.describe_others(None)
+    return f"{text}, but {others}" if others else text
+
+
+def _split_folders(source: str, root: Path, beside: tuple[str, ...]) -> Parts:
+    """The subfolders that are splits, if all pictures lie in them; else the folder as a whole.
+
+    Raises:
+        DataError: pictures in folders for training and for validation, and others beside them.
+    """
+    whole: Parts = {"train": [root]}
     folders = [x for x in sorted(root.iterdir()) if x.is_dir() and x.name.lower() in SPLITS]
-    folders = [x for x in folders if next(pictures_in(x, beside), None)] or [root]
-    named: Parts = {}
+    folders = [x for x in folders if next(pictures_in(x, beside), None)]
+    if not folders:
+        return whole
+    parts: Parts = {}
     for folder in folders:
-        named.setdefault("train" if folder == root else SPLITS[folder.name.lower()], []).append(folder)
-    return "imagefolder", named
+        parts.setdefault(SPLITS[folder.name.lower()], []).append(folder)
+    below = tuple(f"{folder}{os.sep}" for folder in folders)
+    count, first = 0, ""
+    for path in pictures_in(root, beside):
+        if not path.startswith(below):
+            count, first = count + 1, first or path
+    if not count:
+        return parts
+    names = " and ".join(f"{folder.name}/" for folder in folders)
+    others = f"{plural(count, 'other picture')} ({printable(os.path.relpath(first, root))}"
+    others += " …)" if count > 1 else ")"
+    if "train" in parts and len(parts) > 1:
+        raise DataError(
+            f"{source}: {names} are splits for training and validation, but {others} {_verb(count)} in neither; "
+            "move them into one of the folders, or out of the data set"
+        )
+    log_once(
+        logging.WARNING,
+        f"{source}: {names} {'is an ordinary folder' if len(folders) == 1 else 'are ordinary folders'} here, no split, "
+        f"as {others} {_verb(count)} outside; all are used. For splits, put every picture into train/ or test/",
+    )
+    return whole
+
+
+def _verb(count: int) -> str:
+    return "lies" if count == 1 else "lie"
 
 
 def pick(parts: Mapping[str, Any], split: Split, source: str) -> tuple[str, bool]:
@@ -131,35 +195,51 @@ def _imagefolder(place: Source, data: Data, split: Split) -> tuple[Table, np.nda
     root = Path(place.path).expanduser()
     folders = files_of(place.path, data.beside)[1]
     part, alone = pick(folders, split, place.path)
-    above = [] if folders[part] == [root] else sorted(root.glob("metadata.*"))
-    metadata = above or [x for folder in folders[part] for x in sorted(folder.rglob("metadata.*"))]
+    above = [] if folders[part] == [root] else [x for name in METADATA if (x := root / name).is_file()]
+    metadata = above or [x for folder in folders[part] for x in metadata_in(folder)]
     captions = masks = None
-    if any(x.suffix in (".jsonl", ".csv", ".parquet") for x in metadata):
+    found = survey([x for some in folders.values() for x in some], data.beside, data.caption_extension)
+    ending = None
+    if metadata:
         paths, captions, masks = _with_metadata(place, folders[part], above)
+        about = f"column {place.caption_column!r}"
     else:
         paths = _listed(folders[part], data.beside)
+        ending = found.ending(data.caption_extension)
+        about = f"a {ending} file beside it"
         if place.mask_column:
             raise _no_column(place, "mask_column", "image", "; masks stand in metadata.jsonl as mask_file_name")
         if place.caption_column is not None:
-            captions = Computed(Beside(data.caption_extension, text=True), paths)
-            if not any(captions.function.file(paths[i]).is_file() for i in range(len(paths))):
-                hint = f"; captions of an imagefolder stand in its metadata.jsonl, or in {data.caption_extension} files"
-                hint += " beside the pictures; or give one to all of them, as instance_prompt"
-                raise _no_column(place, "caption_column", "image", hint)
+            if not found.captions[ending]:
+                raise DataError(
+                    f"{place.path}: no captions found for {plural(found.pictures, 'picture')}: expected "
+                    f"{found.expected(ending)}, or metadata.jsonl{found.unused_text(ending)}; or give all of them "
+                    "one caption, as data.instance_prompt"
+                )
+            log_once(
+                logging.INFO,
+                f"{place.path}: captions: {found.captions[ending]:,} of {plural(found.pictures, 'picture')} "
+                f"{'has' if found.captions[ending] == 1 else 'have'} a {ending} file",
+            )
+            captions = Computed(Beside(*found.variants(ending), text=True), paths)
+    report_others(place.path, found, ending)
     if data.mask_suffix:
         masks = Computed(Beside(data.mask_suffix, text=False), paths)
-    about = f"column {place.caption_column!r}" if metadata else f"a {data.caption_extension} file beside it"
     table = Table(place.path, paths, captions, masks, str(root.resolve()), about)
     if metadata:
         table.also = state_of(metadata)  # what it says of the pictures
-    return table, _all(table, place, part), alone
+    rows = np.arange(len(table))
+    if above:  # one metadata file for all splits
+        tops = [os.path.relpath(table.path(i) or "", table.root).split(os.sep)[0].lower() for i in rows.tolist()]
+        rows = np.array([i for i, top in enumerate(tops) if SPLITS.get(top) == part], np.int64)
+    return table, _some(rows, place, part), alone
 
 
-def _listed(folders: Sequence[Path], beside: tuple[str, ...]) -> Column:
+def _listed(folders: Sequence[Path], beside: tuple[str, ...]) -> Computed:
     import pyarrow as pa
 
-    found = ({"image": path} for folder in folders for path in pictures_in(folder.resolve(), beside))
-    return columns(found, pa.schema({"image": pa.string()}))["image"]
+    paths = ({"image": os.fsencode(path)} for folder in folders for path in pictures_in(folder.resolve(), beside))
+    return Computed(path_from_bytes, columns(paths, pa.schema({"image": pa.binary()}))["image"])
 
 
 def _with_metadata(place: Source, folders: Sequence[Path], above: Sequence[Path]) -> tuple[Any, Any, Any]:
@@ -167,11 +247,11 @@ def _with_metadata(place: Source, folders: Sequence[Path], above: Sequence[Path]
     import pyarrow as pa
     from datasets import Image as ImageFeature
 
-    patterns = [_pattern(x) for x in above] + [_pattern(folder) + "/**" for folder in folders]
+    patterns = [_pattern(x) for x in above] + [x for folder in folders for x in _patterns_below(folder)]
     table = _loaded(place.path, "imagefolder", data_files={"train": patterns}, streaming=True)["train"]
-    wanted = columns_of(place)
     check_columns(table.features.arrow_schema, place)
-    pictures = [name for name in wanted if isinstance(table.features[name], ImageFeature)]
+    pictures = [name for name, feature in table.features.items() if isinstance(feature, ImageFeature)]
+    wanted = list(dict.fromkeys((*columns_of(place), *pictures)))
     for name in pictures:
         table = table.cast_column(name, ImageFeature(decode=False))
     types = {name: pa.string() if name in pictures else table.features.arrow_schema.field(name).type for name in wanted}
@@ -186,34 +266,32 @@ def _with_metadata(place: Source, folders: Sequence[Path], above: Sequence[Path]
         raise _unreadable(place.path, error) from error
     paths = read[place.image_column or ""]
     if place.caption_column is not None:
-        _warn_of_unnamed(paths)
+        _warn_of_unnamed([read[name] for name in pictures], folders)
     return paths, read.get(place.caption_column or ""), read.get(place.mask_column or "")
 
 
-def pictures_in(root: Path, beside: tuple[str, ...] = ()) -> Iterator[str]:
-    """Files of known endings, in a fixed order, without hidden ones and those that end as ``beside`` says."""
-    known = set(Image.registered_extensions())
-    for folder, inner, files in os.walk(root):
-        inner[:] = sorted(x for x in inner if not x.startswith((".", "__")))
-        for file in sorted(files):
-            if file.startswith(".") or file.endswith(beside):
-                continue
-            if os.path.splitext(file)[1].lower() in known:
-                yield os.path.join(folder, file)
+def _patterns_below(folder: Path) -> list[str]:
+    """Patterns for all files below a folder. ``**`` would follow a link upwards, so each folder has its own where
+    there are links."""
+    folder = folder.resolve()
+    linked = any(os.path.islink(os.path.join(x, y)) for x, inner, _ in os.walk(folder) for y in inner)
+    return [glob.escape(x) + "/*" for x, _ in walk(folder)] if linked else [_pattern(folder) + "/**"]
 
 
-def _warn_of_unnamed(paths: Sequence[str]) -> None:
-    """Pictures that no row of the metadata names are passed over by ``datasets`` without a word."""
-    named = np.sort(np.fromiter(map(hash, paths), np.int64, len(paths)))  # 8 bytes for each, whatever its length
-    folders = sorted({os.path.dirname(path) for path in paths})
-    tops = [x for x in folders if not any(x.startswith(y + os.sep) for y in folders)]  # the rest lies below them
+def _warn_of_unnamed(columns: Sequence[Sequence[str | None]], folders: Sequence[Path]) -> None:
+    """``datasets`` passes over pictures that no row of the metadata names. Masks and hints are named too."""
+    total = sum(len(column) for column in columns)
+    hashes = np.fromiter((hash(path) for column in columns for path in column), np.int64, total)
+    named = np.sort(hashes)  # 8 bytes for each, whatever the path's length
     unnamed, first = 0, ""
-    for path in (path for top in tops for path in pictures_in(Path(top))):
+    for path in (path for folder in folders for path in pictures_in(folder.resolve())):
         place = np.searchsorted(named, hash(path))
         if place == len(named) or named[place] != hash(path):
             unnamed, first = unnamed + 1, first or path
     if unnamed:
-        log.warning("in no row of its metadata, left out: %d picture(s), the first %s", unnamed, first)
+        log.warning(
+            "in no row of its metadata, left out: %s, the first %s", plural(unnamed, "picture"), printable(first)
+        )
 
 
 # ---- parquet and hub
@@ -292,8 +370,7 @@ def check_columns(schema: Any, place: Source) -> None:
         if name is None:
             continue
         if name not in schema.names:
-            hint = "; captions of an imagefolder stand in its metadata.jsonl" if key == "caption_column" else ""
-            raise _no_column(place, key, there, hint)
+            raise _no_column(place, key, there, "")
         kind = schema.field(name).type
         if key == "caption_column":
             inner = kind.value_type if t.is_list(kind) or t.is_large_list(kind) else kind
@@ -322,13 +399,8 @@ def _no_column(place: Source, key: str, there: str, hint: str) -> DataError:
 # ---- splits
 
 
-def _all(table: Table, place: Source, part: str) -> np.ndarray:
-    """Its rows; where a metadata file above the folders of splits names those of all, the ones that lie in this."""
-    rows = np.arange(len(table))
-    if table.root is not None and any(x.name.lower() in SPLITS for x in os.scandir(table.root) if x.is_dir()):
-        tops = [os.path.relpath(table.path(i) or "", table.root).split(os.sep)[0].lower() for i in rows.tolist()]
-        if any(top in SPLITS for top in tops):
-            rows = np.array([i for i, top in enumerate(tops) if SPLITS.get(top) == part], np.int64)
+def _some(rows: np.ndarray, place: Source, part: str) -> np.ndarray:
+    """The rows. Raises DataError where there are none."""
     if not len(rows):
         raise DataError(f"{place.path}: the data set has no rows in its split {part!r}")
     return rows

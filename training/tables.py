@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from .folders import printable
 from .remembered import state_of
 
 AT_ONCE = 4096  # rows
@@ -80,14 +81,26 @@ class Computed(Sequence):
         return self.function(self.column[index])
 
 
-class Beside:
-    """What another file says of the picture file: same name, other ending. Found when it is read."""
+def path_from_bytes(raw: bytes) -> str:
+    """A path as the file system has it: a name that is not UTF-8 is no text for Arrow."""
+    return os.fsdecode(raw)
 
-    def __init__(self, ending: str, text: bool):
-        self.ending, self.text = ending, text
+
+class Beside:
+    """Reads the file that has a picture's name and another ending, when it is asked for.
+
+    Args:
+        endings: tried in this order, as in ``(".txt", ".TXT")``.
+        text: return text, not bytes.
+    """
+
+    def __init__(self, *endings: str, text: bool):
+        self.endings, self.text = endings, text
 
     def file(self, path: str) -> Path:
-        return Path(os.path.splitext(path)[0] + self.ending)
+        """The file beside a picture; the first that there might be where there is none."""
+        files = [Path(os.path.splitext(path)[0] + ending) for ending in self.endings]
+        return next((file for file in files[1:] if not files[0].is_file() and file.is_file()), files[0])
 
     def __call__(self, path: str) -> Any:
         """Text, bytes, or None where there is no such file. Raises ValueError where text is not UTF-8."""
@@ -96,7 +109,7 @@ class Beside:
             content = file.read_bytes()
         except FileNotFoundError:
             return None
-        return utf8(content, file.name) if self.text else content
+        return utf8(content, printable(file.name)) if self.text else content
 
 
 class Table:
@@ -128,6 +141,7 @@ class Table:
     ):
         self.source, self.pictures, self.captions, self.masks, self.root = source, pictures, captions, masks, root
         self.about_captions, self._state, self.also = about_captions, state, ""
+        self.caption_files = isinstance(captions, Computed)  # each caption is a file, which may be missing
         self.caption_of_all: str | None = None
         self.loss_weight = 1.0
 
@@ -152,12 +166,13 @@ class Table:
 
     def name(self, row: int) -> str:
         """The file or row, for messages."""
-        return self.path(row) or f"{self.source}, row {row}"
+        path = self.path(row)
+        return printable(path) if path else f"{self.source}, row {row}"
 
     def key(self, row: int) -> bytes | None:
         """What tells the row apart wherever the data set lies; None where nothing but its content does."""
         path = self.path(row) if self.root is not None else None
-        return Path(os.path.relpath(path, self.root)).as_posix().encode() if path else None
+        return Path(os.path.relpath(path, self.root)).as_posix().encode("utf-8", "surrogateescape") if path else None
 
     def picture(self, row: int) -> bytes:
         """Encoded. Raises OSError or ValueError."""

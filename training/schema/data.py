@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, StringConstraints, ValidationError, field_validator, model_validator
@@ -9,7 +10,13 @@ from pydantic import Field, StringConstraints, ValidationError, field_validator,
 from .base import AboveZero, Positive, Section, Share
 
 Prompt = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
-CAPTIONS = ("caption_column", "caption_extension", "split_captions_at", "caption_templates")  # what captions are of
+CAPTIONS = (
+    "caption_column",
+    "caption_extension",
+    "caption_lines",
+    "split_captions_at",
+    "caption_templates",
+)  # what captions are of
 
 
 class Source(Section):
@@ -58,7 +65,8 @@ class Data(Section):
 
     instance_prompt: Prompt | None = None  # the whole caption of every picture, in place of all that follows
     caption_column: str | None = "text"  # text, or a list of texts; None: no captions
-    caption_extension: str = ".txt"  # imagefolder without metadata: the caption of a.jpg is in a.txt
+    caption_extension: str = ".txt"  # without metadata: the caption of a.jpg is in a.txt; .caption and others are found
+    caption_lines: str = "all"  # of a text with several lines: all, the first, or a language: "de" takes de.utf8=…
     split_captions_at: str | None = None  # a caption is several that are taken in turns, parted by this, as in "\n"
     caption_templates: tuple[str, ...] = ()  # taken in turns, as in "a photo of {}"
     shuffle_tags: bool = False  # the tags of a caption in another order each time
@@ -105,6 +113,20 @@ class Data(Section):
             if template.count("{}") != 1:
                 raise ValueError(f"{template!r}: expected one {{}}, where the caption goes")
         return templates
+
+    @field_validator("caption_lines")
+    @classmethod
+    def _lines(cls, text: str) -> str:
+        if not re.fullmatch(r"all|first|[A-Za-z]{2,3}([-_][A-Za-z0-9]{2,8})*", text):
+            raise ValueError("expected all, first, or a language as in de or pt-BR")
+        return text
+
+    @field_validator("caption_extension")
+    @classmethod
+    def _ending(cls, text: str) -> str:
+        if not text.strip(". "):
+            raise ValueError("expected an ending of files, as in .txt")
+        return text if text[0] in ".-_" else f".{text}"
 
     @field_validator("split_captions_at")
     @classmethod
