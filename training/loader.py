@@ -88,7 +88,8 @@ class Feed:
         Raises:
             LostWorker: a worker was killed, or gave nothing within ``train.timeout_minutes``.
         """
-        self.source = source = iter(self.loader)
+        source: Any = iter(self.loader)
+        self.source = source
         try:
             yield from self._moved(source)
         finally:
