@@ -294,7 +294,7 @@ def test_halves_are_for_one_process(monkeypatch):
 
 def test_fsdp2_takes_contiguous_weights(monkeypatch):
     monkeypatch.setattr(AcceleratorState, "is_fsdp2", True)
-    with pytest.raises(ConfigError, match="train.channels_last: not with FSDP2"):
+    with pytest.raises(ConfigError, match=r"train\.channels_last: not with FSDP2"):
         processes.started(settings(channels_last=True), "no")
 
 
