@@ -45,7 +45,8 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 def cast_parts(parts: Parts, dtype: torch.dtype) -> Parts:
     """The parts as ``load_parts(folder, dtype)`` opens them once they are saved: what has another dtype is copied, what
-    has this one is shared, and the given parts do not change. Quantized networks are shared as they are.
+    has this one is shared, and the given parts do not change. Quantized networks are shared as they are, and so are
+    the hooks of a module's calls.
     """
     net, vae, text = (_cast(module, dtype) for module in (parts.net, parts.vae, parts.text))
     return replace(parts, net=net, vae=vae, text=text)
@@ -67,7 +68,9 @@ def _cast(module: Module, dtype: torch.dtype) -> Module:
     if not casts:
         return module
     shared = {id(x): x for x in (*module.parameters(), *module.buffers()) if id(x) not in casts}
-    return copy.deepcopy(module, {**shared, **casts})
+    # deepcopy would copy the object that a bound method belongs to, and call the copy's
+    hooks = {id(h): h for m in module.modules() for h in (*m._forward_pre_hooks.values(), *m._forward_hooks.values())}
+    return copy.deepcopy(module, {**shared, **casts, **hooks})
 
 
 def _kept_in_float32(module: nn.Module) -> Iterator[Tensor]:

@@ -23,7 +23,7 @@ from training.config import parse
 from training.fit import ConfigError, check_together
 from training.losses import ClipDistance
 from training.optim import placed
-from training.run import train_all
+from training.run import cache_all, open_data, train_all
 from training.schema import Train
 
 SLOW = partial(pytest.param, marks=pytest.mark.slow)
@@ -126,6 +126,23 @@ def test_cublas_is_told_before_cuda_starts(monkeypatch, root: Path, tmp_path: Pa
     device.prepare([config, strict])
     assert os.environ[device.CUBLAS] == ":4096:8"
     monkeypatch.delenv(device.CUBLAS)
+
+
+def test_cache_and_class_pictures_are_made_by_the_runs_kernels(monkeypatch, root: Path, tmp_path: Path):
+    deterministic: list[bool] = []
+
+    def spy(*_: Any, **__: Any) -> dict[str, int]:
+        deterministic.append(torch.are_deterministic_algorithms_enabled())
+        return {}
+
+    monkeypatch.setattr("training.cache.make_cache", spy)
+    monkeypatch.setattr("training.prior.class_pictures", spy)
+    monkeypatch.setattr("training.prior.with_prior", lambda config, _: config)
+    monkeypatch.setenv(device.CUBLAS, ":16:8")
+    cache_all([parse(raw(root, tmp_path, "unet", deterministic=True), "unet")])
+    prior = {"class_prompt": "red box", "num_class_images": 4, "num_inference_steps": 2}
+    open_data(parse({**raw(root, tmp_path, "adapt", deterministic=True), "prior": prior}, "adapt"))
+    assert deterministic == [True, True] and not torch.are_deterministic_algorithms_enabled()
 
 
 # --- deterministic ---------------------------------------------------------------------------------------------------

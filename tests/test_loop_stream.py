@@ -1,11 +1,18 @@
 """What a stream's processes may be when it goes on."""
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NoReturn
 
 import pytest
+import torch
+from torch.utils.data import Dataset
 
+from tests.toy import settings
 from training.checkpoint import CheckpointError
+from training.loader import Feed
 from training.state import _feed
+from training.tables import DataError
 
 FOLDER = Path("images_000000048")
 
@@ -39,3 +46,23 @@ def test_readers_of_lanes_go_on_with_any_number():
 
 def test_rows_by_number_have_no_place():
     assert _feed(FOLDER, {"world": 2, "feeds": [{}, {}]}, 0, 3) is None
+
+
+class Broken(Dataset):
+    def __len__(self) -> int:
+        return 8
+
+    def __getitems__(self, pairs: list[tuple[int, int]]) -> NoReturn:
+        raise DataError("data: row 3 has no picture; take it out")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_error_of_the_data_is_one_line_wherever_it_is_read(workers: int):
+    here: Any = SimpleNamespace(device=torch.device("cpu"), process_index=0, num_processes=1)
+    batches = Feed(Broken(), settings(num_workers=workers), 0, 0, 8, here, None).batches()
+    with pytest.raises(DataError) as caught:
+        next(batches)
+    assert str(caught.value) == "data: row 3 has no picture; take it out"
+    assert (
+        caught.traceback[-1].path.name == "loader.py"
+    )  # of this package: the command line prints it without a traceback

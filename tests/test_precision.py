@@ -73,6 +73,24 @@ def test_a_cast_is_what_the_folder_opens_as(name: str, tmp_path: Path):
     assert (same.net, same.vae, same.text) == (parts.net, parts.vae, parts.text)
 
 
+def test_a_copy_shares_the_hooks_of_calls():
+    """A bound method's object, such as the task whose grid is timed, is neither copied nor passed by."""
+
+    class Counter:
+        calls = 0
+
+        def count(self, *_: object) -> None:
+            self.calls += 1
+
+    counter, net = Counter(), nn.Linear(2, 2)
+    net.register_forward_pre_hook(counter.count)
+    net.register_forward_hook(counter.count)
+    parts = Parts(net, nn.Identity(), nn.Identity(), None)  # type: ignore[arg-type]
+    copied = cast_parts(parts, torch.bfloat16).net
+    copied(torch.zeros(1, 2, dtype=torch.bfloat16))
+    assert copied is not net and counter.calls == 2
+
+
 def overflowing(weight: float = 300.0) -> VAE:
     """Finite in float32; within it numbers reach beyond 65,504, and a norm brings them back."""
     vae = tiny.vae()

@@ -4,6 +4,7 @@ import os
 import re
 import socket
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,9 @@ import yaml
 
 from tests import forecasts, tiny
 from tests.toy import begun, ended
-from training import cli, measure, run
+from training import cli, fail_together, measure, processes, run
 from training.config import parse
+from training.schema import Train
 
 PLENTY = 2**40
 
@@ -52,6 +54,17 @@ def hashed(raw: dict[str, Any], said: str, rank: int, port: int) -> None:
     with mock.patch("hashlib.file_digest", wraps=run.hashlib.file_digest) as digest:
         inputs = run._inputs_from_one(parse(raw, "config"), mock.Mock(fingerprint=f"rows of {rank}"))
     print(yaml.safe_dump({"inputs": inputs, "files": digest.call_count}))
+
+
+def fails_late(said: str, rank: int, port: int) -> None:
+    """Process 1 fails when process 0 has long done its part."""
+    place(rank, port, said)
+    accelerator = processes.started(Train(images=8), "no")
+    with mock.patch.object(fail_together, "GRACE", 1.0), fail_together.all_fail_together(accelerator):
+        if rank:
+            time.sleep(0.5)
+            raise ValueError("a disk that this host alone has not")
+    print("went on", flush=True)
 
 
 def both(f: Any, *args: Any) -> list[int | None]:
@@ -95,6 +108,14 @@ def test_an_error_of_one_ends_both_with_its_message(broken: int, config: Path, t
     message = f"process {broken} on {socket.gethostname()}: a file that this host alone has not"
     assert message in told[1 - broken] and message.split(": ")[1] in told[broken], told
     assert [p.name for p in config.parent.iterdir() if "check" in p.name] == []
+
+
+def test_one_that_has_done_its_part_leaves_with_one_that_fails_later(tmp_path: Path):
+    codes = both(fails_late, said := str(tmp_path / "said"))
+    told = Path(f"{said}.0").read_text()
+    assert codes[0] in (1, 70) and codes[1] == 1, told
+    assert "went on" not in told
+    assert f"process 1 on {socket.gethostname()}: a disk that this host alone has not" in told
 
 
 def test_what_a_run_builds_on_is_read_by_one(config: Path, tmp_path: Path):

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 
 from tests.toy import IMAGES, ROWS, Flow, ended, go, logged, settings, started, together
 from training import checkpoint, processes
@@ -289,6 +290,12 @@ def test_halves_are_for_one_process(monkeypatch):
     monkeypatch.setattr(processes, "Accelerator", lambda **kw: fake)
     with pytest.raises(ConfigError, match="works in one process"):
         processes.started(settings(on_out_of_memory="halve"), "no")
+
+
+def test_fsdp2_takes_contiguous_weights(monkeypatch):
+    monkeypatch.setattr(AcceleratorState, "is_fsdp2", True)
+    with pytest.raises(ConfigError, match=r"train\.channels_last: not with FSDP2"):
+        processes.started(settings(channels_last=True), "no")
 
 
 def test_the_loss_is_scaled_by_the_optimizer_alone(monkeypatch):

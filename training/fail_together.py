@@ -28,7 +28,7 @@ _numbers = itertools.count()  # one for each block that is entered, the same in 
 
 @contextmanager
 def all_fail_together(accelerator: Accelerator) -> Iterator[None]:
-    """All processes enter this block; if one of them raises an exception, all leave it.
+    """All processes enter this block, and leave it together; if one of them raises an exception, all leave it.
 
     A process that is still in the block ``GRACE`` seconds later, for example in a collective, prints
     the message and exits with code ``LOST``.
@@ -42,6 +42,7 @@ def all_fail_together(accelerator: Accelerator) -> Iterator[None]:
     watch = _Watch(accelerator, next(_numbers))
     try:
         yield
+        accelerator.wait_for_everyone()  # watched too: another may still fail
     except Exception as error:
         if (message := watch.failed(error)) is not None:
             raise RuntimeError(message) from error

@@ -15,6 +15,7 @@ from .checkpoint import CheckpointError
 from .clock import ImageClock
 from .guards import bear_one_signal
 from .schema import Train
+from .tables import DataError
 
 Batch = dict[str, Tensor]
 
@@ -86,6 +87,7 @@ class Feed:
         """Closing it ends the loader's processes.
 
         Raises:
+            DataError: what the rows raise, also in a worker.
             LostWorker: a worker was killed, or gave nothing within ``train.timeout_minutes``.
         """
         source: Any = iter(self.loader)
@@ -102,6 +104,8 @@ class Feed:
                 batch = next(source)
             except StopIteration:
                 return
+            except DataError as error:  # a worker's comes with its traceback in the text, and the message at the end
+                raise DataError(str(error).rpartition("DataError: ")[2].strip()) from error
             except (RuntimeError, ConnectionError, EOFError) as error:  # the last two: it died as it handed over
                 if isinstance(error, RuntimeError) and "DataLoader" not in str(error):  # the rows' own
                     raise

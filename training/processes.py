@@ -89,6 +89,8 @@ def started(train: Train, mixed_precision: str, run: Path | None = None) -> Acce
         raise ConfigError(
             f"{kind.value}: not supported; use FSDP with fsdp_version: 2, as configs/accelerate/fsdp2.yaml"
         )
+    if accelerator.is_fsdp2 and train.channels_last is True:
+        raise ConfigError("train.channels_last: not with FSDP2, which shards contiguous weights only; leave it out")
     if train.on_out_of_memory == "halve" and (running > 1 or zero.asked()):
         raise ConfigError("train.on_out_of_memory halve: works in one process; with several lower train.batch_size")
     return accelerator

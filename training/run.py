@@ -276,7 +276,7 @@ def cache_all(configs: Sequence[Config]) -> None:
     Raises:
         ConfigError: none of them is a diffusion config, or what they build on is missing.
     """
-    from . import processes
+    from . import device, processes
     from .cache import make_cache, root_of
     from .preflight import precision
 
@@ -284,11 +284,12 @@ def cache_all(configs: Sequence[Config]) -> None:
     if not wanted:
         raise ConfigError("nothing to cache: no config of a diffusion task among those given, or it streams its data")
     check_together(configs)
+    device.prepare(wanted)
     opened = [open_data(config, configs) for config in wanted]
     for config, rows in zip(wanted, opened, strict=True):
         accelerator = processes.started(config.train, precision(config.train.mixed_precision))
         processes.check_shared(root_of(config), "cache.dir", accelerator)
-        with _in_one_line():
+        with _in_one_line(), device.kernels(config.train, len(rows[0].shapes)):  # those of the run, to the bit
             made = make_cache(config, *rows, accelerator)
         if accelerator.is_main_process:
             told = ", ".join(f"{n} {what.replace('_', ' ')}" for what, n in made.items())
@@ -352,7 +353,7 @@ def open_data(config: Config, earlier: Sequence[Config] = (), *, draw: bool = Tr
 
 def _with_prior(config: AdaptConfig) -> AdaptConfig:
     """With class pictures, drawn by the base as it is where they are missing."""
-    from . import processes
+    from . import device, processes
     from .base import base_of, frozen_dtype
     from .preflight import precision
     from .prior import class_pictures, with_prior
@@ -364,7 +365,8 @@ def _with_prior(config: AdaptConfig) -> AdaptConfig:
     processes.check_shared(folder, key, accelerator)
     parts = base_of(config).opened(frozen_dtype(config, accelerator.device, mixed), accelerator.device)
     rank, world, wait = accelerator.process_index, accelerator.num_processes, accelerator.wait_for_everyone
-    return with_prior(config, class_pictures(config, parts, rank=rank, world=world, wait=wait))
+    with device.kernels(config.train, 1):
+        return with_prior(config, class_pictures(config, parts, rank=rank, world=world, wait=wait))
 
 
 def source_of(config: Config, earlier: Sequence[Config]) -> str:
