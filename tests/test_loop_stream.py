@@ -3,9 +3,16 @@
 from pathlib import Path
 
 import pytest
+from accelerate import Accelerator
+from torch.utils.data import IterableDataset
 
+from training import cli
 from training.checkpoint import CheckpointError
+from training.loader import Feed
+from training.remote import RemoteError
+from training.schema import Train
 from training.state import _feed
+from training.tables import DataError
 
 FOLDER = Path("images_000000048")
 
@@ -39,3 +46,28 @@ def test_readers_of_lanes_go_on_with_any_number():
 
 def test_rows_by_number_have_no_place():
     assert _feed(FOLDER, {"world": 2, "feeds": [{}, {}]}, 0, 3) is None
+
+
+class Broken(IterableDataset):
+    """A stream that ends with an error of its data."""
+
+    def __iter__(self):
+        raise RemoteError("s3://bucket/train-0.tar: no such file")
+        yield {}
+
+    def load_state_dict(self, state: dict) -> None:
+        raise DataError("data: the stream was saved by an earlier version")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_error_of_the_data_in_a_worker_is_its_message_alone(workers: int):
+    """Of the same type, raised by a line of this package, so that the command line shows no traceback."""
+    saved = {"workers": workers, "turn": 0, "states": [{}]}
+    for state, kind, text in (
+        (None, RemoteError, "s3://bucket/train-0.tar: no such file"),
+        (saved, DataError, "data: the stream was saved by an earlier version"),
+    ):
+        feed = Feed(Broken(), Train(images=8, num_workers=workers), 0, 0, 8, Accelerator(cpu=True), state)
+        with pytest.raises(kind) as caught:
+            next(feed.batches())
+        assert str(caught.value) == text and (not workers or cli._is_ours(caught.value))

@@ -14,6 +14,7 @@ from .checkpoint import CheckpointError
 from .clock import ImageClock
 from .guards import bear_one_signal
 from .schema import Train
+from .tables import DataError
 
 Batch = dict[str, Tensor]
 
@@ -80,6 +81,7 @@ class Feed:
         """Closing it ends the loader's processes.
 
         Raises:
+            DataError: what a worker met with, too, without its traceback.
             RuntimeError: a worker was killed, or gave nothing within ``train.timeout_minutes``.
         """
         source: Any = iter(self.loader)
@@ -95,6 +97,11 @@ class Feed:
                 batch = next(source)
             except StopIteration:
                 return
+            except DataError as error:
+                if not self.workers:
+                    raise
+                text = str(error).rpartition(f"{type(error).__name__}: ")[2].strip()  # torch puts a traceback before it
+                raise type(error)(text) from error
             except (RuntimeError, ConnectionError, EOFError) as error:  # the last two: it died as it handed over
                 if isinstance(error, RuntimeError) and "DataLoader" not in str(error):  # the rows' own
                     raise
