@@ -1,16 +1,16 @@
 """What a stream's processes may be when it goes on."""
 
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, NoReturn
 
 import pytest
-import torch
-from torch.utils.data import Dataset
+from accelerate import Accelerator
+from torch.utils.data import IterableDataset
 
-from tests.toy import settings
+from training import cli
 from training.checkpoint import CheckpointError
 from training.loader import Feed
+from training.remote import RemoteError
+from training.schema import Train
 from training.state import _feed
 from training.tables import DataError
 
@@ -48,21 +48,26 @@ def test_rows_by_number_have_no_place():
     assert _feed(FOLDER, {"world": 2, "feeds": [{}, {}]}, 0, 3) is None
 
 
-class Broken(Dataset):
-    def __len__(self) -> int:
-        return 8
+class Broken(IterableDataset):
+    """A stream that ends with an error of its data."""
 
-    def __getitems__(self, pairs: list[tuple[int, int]]) -> NoReturn:
-        raise DataError("data: row 3 has no picture; take it out")
+    def __iter__(self):
+        raise RemoteError("s3://bucket/train-0.tar: no such file")
+        yield {}
+
+    def load_state_dict(self, state: dict) -> None:
+        raise DataError("data: the stream was saved by an earlier version")
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_an_error_of_the_data_is_one_line_wherever_it_is_read(workers: int):
-    here: Any = SimpleNamespace(device=torch.device("cpu"), process_index=0, num_processes=1)
-    batches = Feed(Broken(), settings(num_workers=workers), 0, 0, 8, here, None).batches()
-    with pytest.raises(DataError) as caught:
-        next(batches)
-    assert str(caught.value) == "data: row 3 has no picture; take it out"
-    assert (
-        caught.traceback[-1].path.name == "loader.py"
-    )  # of this package: the command line prints it without a traceback
+def test_an_error_of_the_data_in_a_worker_is_its_message_alone(workers: int):
+    """Of the same type, raised by a line of this package, so that the command line shows no traceback."""
+    saved = {"workers": workers, "turn": 0, "states": [{}]}
+    for state, kind, text in (
+        (None, RemoteError, "s3://bucket/train-0.tar: no such file"),
+        (saved, DataError, "data: the stream was saved by an earlier version"),
+    ):
+        feed = Feed(Broken(), Train(images=8, num_workers=workers), 0, 0, 8, Accelerator(cpu=True), state)
+        with pytest.raises(kind) as caught:
+            next(feed.batches())
+        assert str(caught.value) == text and (not workers or cli._is_ours(caught.value))

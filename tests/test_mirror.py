@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import signal
@@ -14,7 +15,7 @@ import yaml
 from tests.killed import configs
 from tests.object_store import CuttingProxy, file_system, s3_server
 from tests.toy import IMAGES, differing, go
-from training import remote
+from training import cli, remote
 from training.checkpoint import MANIFEST, Keep, listed
 from training.config import dump, parse
 from training.fit import ConfigError
@@ -128,7 +129,7 @@ def test_the_mirror_holds_what_the_run_would(proxy: CuttingProxy, tmp_path: Path
     assert mirror.names()[-1] == "images_000000040"
 
 
-def test_a_mirror_is_of_one_run(proxy: CuttingProxy, tmp_path: Path):
+def test_a_mirror_is_of_one_run(proxy: CuttingProxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     def config(out: Path, **train):
         return parse(configs(tmp_path, out, mirror=URL, **train)["clip"], "clip")
 
@@ -149,3 +150,47 @@ def test_a_mirror_is_of_one_run(proxy: CuttingProxy, tmp_path: Path):
     lost = parse(configs(tmp_path, tmp_path / "d", mirror="s3://nowhere/a")["clip"], "clip")
     with pytest.raises(RemoteError, match=r"s3://nowhere/a/\.probe: no such file, folder or bucket"):
         _restore(lost, "auto")
+    (tmp_path / "lost.yaml").write_text(dump(lost))
+    monkeypatch.setattr(cli, "say", lambda: None)
+    with pytest.raises(RemoteError, match=r"s3://nowhere/a/\.probe: no such file, folder or bucket"):
+        cli.check([str(tmp_path / "lost.yaml")])
+
+
+def test_a_mirror_in_a_folder(tmp_path: Path):
+    """Such as on a disk of the network."""
+    for url in (str(tmp_path / "one"), f"file://{tmp_path}/two"):
+        mirror = Mirror(url, tmp_path / "a")
+        mirror.check()
+        pushed(mirror, 8, 16, keep=Keep(1))
+        assert mirror.names() == ["images_000000016"]
+        run = tmp_path / "b" / Path(url).name
+        assert Mirror(url, run).restore("") == run / "checkpoints" / "images_000000016"
+
+
+def test_a_run_goes_on_where_nothing_can_be_mirrored(
+    proxy: CuttingProxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    """A local disk that is full, a bucket that is deleted; then both are back. What a killed run left is removed."""
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    left = tmp_path / "a" / "checkpoints" / ".mirror" / "images_000000004.uploading"
+    left.mkdir(parents=True)
+    mirror, fs = Mirror(URL, tmp_path / "a"), file_system(proxy.target)
+    pushed(mirror, 8)
+    assert not left.exists()
+    with monkeypatch.context() as patched:
+        patched.setattr("training.mirror._link", full)
+        pushed(mirror, 16)
+    assert "images_000000016 was not mirrored (" in caplog.text and "No space left on device" in caplog.text
+    assert mirror.names() == ["images_000000008"]
+    fs.rm("bucket", recursive=True)
+    pushed(mirror, 24)
+    assert "images_000000024 was not mirrored (s3://bucket/runs/toy/" in caplog.text
+    assert not fs.exists("bucket")  # nobody asked for one
+    fs.mkdir("bucket")
+    pushed(mirror, 32)
+    assert mirror.names() == ["images_000000032"]
+    mirror.close()
+    assert not left.parent.exists()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import http.server
 import json
@@ -132,6 +133,26 @@ def test_a_killed_process_leaves_nothing_behind(
     lease.close()
     cache.fetch("s3://data/tar/train-1.tar", options)
     assert not lease.path.exists()
+
+
+def test_a_full_disk_is_said_at_once(place: Path, server: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Not after six attempts; nothing is left, and the next one finds room."""
+    url, options = "s3://data/tar/train-0.tar", {"endpoint_url": f"http://127.0.0.1:{server}"}
+    cache, attempts = ShardCache(tmp_path / "cache", 10**6), []
+
+    def full(*_: Any, **__: Any) -> None:
+        attempts.append(1)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(remote.filesystem(url, options)[0], "cat_ranges", full)
+        with pytest.raises(RemoteError, match=r"train-0\.tar: cannot be copied to .*cache.* \(.*No space left"):
+            cache.fetch(url, options)
+    assert len(attempts) == 1 and not [x for x in (tmp_path / "cache").glob("*/*") if x.is_file()]
+    assert cache.fetch(url, options).path.read_bytes() == (place / "tar" / "train-0.tar").read_bytes()
+    (tmp_path / "file").touch()
+    with pytest.raises(RemoteError, match=r"data\.shard_cache: .*file/x cannot be made \(.*Not a directory"):
+        ShardCache(tmp_path / "file" / "x", 10**6).fetch(url, options)
 
 
 def test_one_process_of_a_machine_downloads(server: int, tmp_path: Path):

@@ -130,7 +130,10 @@ def check(configs: Configs, out: Out = None) -> None:
     loaded = _load(configs, out)
     say()
     from .preflight import report
+    from .run import check_mirror
 
+    for config in loaded:
+        check_mirror(config)
     report(loaded)
 
 

@@ -104,8 +104,11 @@ class Feed:
                 batch = next(source)
             except StopIteration:
                 return
-            except DataError as error:  # a worker's comes with its traceback in the text, and the message at the end
-                raise DataError(str(error).rpartition("DataError: ")[2].strip()) from error
+            except DataError as error:
+                if not self.workers:
+                    raise
+                text = str(error).rpartition(f"{type(error).__name__}: ")[2].strip()  # torch puts a traceback before it
+                raise type(error)(text) from error
             except (RuntimeError, ConnectionError, EOFError) as error:  # the last two: it died as it handed over
                 if isinstance(error, RuntimeError) and "DataLoader" not in str(error):  # the rows' own
                     raise

@@ -23,7 +23,8 @@ from threading import Lock
 from typing import Any
 
 from .checkpoint import BEST, MANIFEST, Keep, images_of, listed, problem, replace_folder, superfluous
-from .remote import RemoteError, download, filesystem, retried
+from .pictures import one_line
+from .remote import RemoteError, download, filesystem, is_remote, retried
 
 log = logging.getLogger(__name__)
 CONFIG = "config.yaml"
@@ -42,7 +43,8 @@ class Mirror:
 
     def __init__(self, url: str, run: Path):
         self.url, self.root = url.rstrip("/"), run / "checkpoints"
-        self._fs, self._path = filesystem(self.url, {})
+        local = {"auto_mkdir": True} if not is_remote(self.url) or self.url.startswith("file:") else {}
+        self._fs, self._path = filesystem(self.url, local)
         self._lock, self._pool = Lock(), ThreadPoolExecutor(1, thread_name_prefix="mirror")
         self._staged: tuple[Path, Keep] | None = None
         self._pending: Future[None] | None = None
@@ -79,15 +81,30 @@ class Mirror:
         """
         staged = self.root / STAGED / folder.name
         with self._lock:
+            if self._pending is None:  # by a run that was killed
+                shutil.rmtree(self.root / STAGED, ignore_errors=True)
             if self._staged is not None:
                 shutil.rmtree(self._staged[0], ignore_errors=True)
+                self._staged = None
             shutil.rmtree(staged, ignore_errors=True)
-            # Links cost no room, and the run may delete the checkpoint meanwhile.
-            shutil.copytree(folder, staged, copy_function=_link)
-            if (self.root / BEST).is_file():
-                shutil.copy(self.root / BEST, staged / BEST)
+            try:
+                # Links cost no room, and the run may delete the checkpoint meanwhile.
+                for file in folder.rglob("*"):
+                    if file.is_file():
+                        _link(file, staged / file.relative_to(folder))
+                if (self.root / BEST).is_file():
+                    shutil.copy(self.root / BEST, staged / BEST)
+            except OSError as error:
+                shutil.rmtree(staged, ignore_errors=True)
+                self._report(folder.name, error)
+                return
             self._staged = staged, keep
         self._pending = self._pool.submit(self._upload_staged)
+
+    def _report(self, name: str, error: Exception) -> None:
+        """The run is worth more than its mirror, so it goes on."""
+        reason = one_line(error)
+        log.error("%s: %s was not mirrored (%s); the next checkpoint will be", self.url, name, reason)
 
     def wait(self) -> None:
         """Until everything is uploaded, or has failed."""
@@ -97,8 +114,7 @@ class Mirror:
     def close(self) -> None:
         self.wait()
         self._pool.shutdown()
-        with suppress(OSError):
-            (self.root / STAGED).rmdir()
+        shutil.rmtree(self.root / STAGED, ignore_errors=True)
 
     def _upload_staged(self) -> None:
         with self._lock:
@@ -110,8 +126,8 @@ class Mirror:
             staged.rename(working)
         try:
             self._upload(working, staged.name, keep)
-        except Exception as error:  # the run is worth more than its mirror
-            log.error("%s: %s was not mirrored (%s); the next checkpoint will be", self.url, staged.name, error)
+        except Exception as error:
+            self._report(staged.name, error)
         finally:
             shutil.rmtree(working, ignore_errors=True)
 
@@ -146,7 +162,6 @@ class Mirror:
             if isinstance(content, bytes):
                 self._fs.pipe_file(path, content)
             else:
-                self._fs.makedirs(path.rpartition("/")[0], exist_ok=True)  # nothing to do on an object store
                 self._fs.put_file(str(content), path)
             there = self._fresh().info(path)["size"]
             if there != size:
@@ -234,7 +249,8 @@ class Mirror:
             download(url, {}, info, file, target)
 
 
-def _link(source: str, target: str) -> None:
+def _link(source: Path, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
     try:
         os.link(source, target)
     except OSError:  # a file system without links

@@ -6,6 +6,7 @@ environment, as s3fs, gcsfs and huggingface_hub read them.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -34,6 +35,7 @@ RANGE = 2**23  # bytes of one request
 AT_ONCE = 4  # ranges of one file
 ROOM_WAIT = 60.0  # seconds that a file waits for others that are in use
 COPIES_AT_ONCE = 16  # files of a folder
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)  # of the local disk, where a copy is written
 # What tells two versions of a file apart, as the file systems name it. Times only where there is nothing better.
 CONTENT_KEYS = ("ETag", "etag", "md5Hash", "generation", "blob_id")
 TIME_KEYS = ("LastModified", "last_modified", "updated", "mtime")
@@ -64,7 +66,8 @@ def filesystem(url: str, options: Mapping[str, Any]) -> tuple[Any, str]:
         command = f"pip install {name}, or pip install 'latent-t2i[cloud]'" if name else "install its package"
         raise RemoteError(f"{url}: needs a package that is not installed ({one_line(error)}): {command}") from error
     except (TypeError, ValueError) as error:
-        raise RemoteError(f"{url}: cannot be opened; look at data.storage_options ({one_line(error)})") from error
+        hint = "; look at data.storage_options" if options else ""
+        raise RemoteError(f"{url}: cannot be opened{hint} ({one_line(error)})") from error
 
 
 def retried(url: str, request: Callable[[], T]) -> T:
@@ -72,6 +75,7 @@ def retried(url: str, request: Callable[[], T]) -> T:
 
     Raises:
         RemoteError: not there, access denied, or a failure at each attempt.
+        OSError: the local disk is full.
     """
     wait = FIRST_WAIT
     for attempt in range(1, ATTEMPTS + 1):
@@ -86,6 +90,8 @@ def retried(url: str, request: Callable[[], T]) -> T:
                     "AWS_ACCESS_KEY_ID and AWS_PROFILE, GOOGLE_APPLICATION_CREDENTIALS or HF_TOKEN"
                 ) from error
             if isinstance(error, RemoteError | TypeError | NotImplementedError | UnicodeError):
+                raise
+            if isinstance(error, OSError) and error.errno in FULL:
                 raise
             if attempt == ATTEMPTS:
                 raise RemoteError(f"{url}: failed {ATTEMPTS} times, at last with: {_reason(error)}") from error
@@ -158,8 +164,15 @@ def download(url: str, options: Mapping[str, Any], info: Mapping[str, Any], file
     """Write a remote file to ``file``, which is open at ``target``; a range that fails is asked for again.
 
     Raises:
-        RemoteError: it cannot be read, or has another size than its listing says.
+        RemoteError: it cannot be read, has another size than its listing says, or the local disk is full.
     """
+    try:
+        _download(url, options, info, file, target)
+    except OSError as error:
+        raise RemoteError(f"{url}: cannot be copied to {target.parent} ({one_line(error)})") from error
+
+
+def _download(url: str, options: Mapping[str, Any], info: Mapping[str, Any], file: BinaryIO, target: Path) -> None:
     fs, path = filesystem(url, options)
     size = info.get("size")
     if size is None or (url.startswith("http") and not info.get("partial")):  # the server knows no ranges
@@ -232,7 +245,7 @@ class ShardCache:
         info = retried(url, lambda: fs.info(path))
         version = _version(url, info)
         file = self.folder / version / PurePosixPath(url.partition("://")[2]).name
-        self.folder.mkdir(parents=True, exist_ok=True)
+        _make_folder(self.folder)
         while True:
             if (lease := self._open(file, version)) is not None:
                 return lease
@@ -355,7 +368,7 @@ def copy_of(url: str, options: Mapping[str, Any], folder: Path, max_bytes: int) 
         )
     place = f"{url.partition('://')[0]}/{root.partition('://')[2] or root}"
     target = folder / "copies" / re.sub(r"[^\w./=-]+", "_", place)
-    target.parent.mkdir(parents=True, exist_ok=True)
+    _make_folder(target.parent)
     inside = {x: _relative(x, root) for x in files}
     single = list(inside.values()) == [""]
     base = target.parent if single else target
@@ -387,6 +400,13 @@ def copy_of(url: str, options: Mapping[str, Any], folder: Path, max_bytes: int) 
             list(pool.map(one, wanted))
         record.write_text(json.dumps(new))
     return target
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RemoteError(f"data.shard_cache: {folder} cannot be made ({one_line(error)})") from error
 
 
 def _info(url: str, options: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,13 +10,16 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from .config import dump, parse
 from .fit import ConfigError, check_together, side_step
 from .schema import AdaptConfig, AutoencoderConfig, ClipConfig, Config, DiffusionConfig, LatentRun
+
+if TYPE_CHECKING:
+    from .mirror import Mirror
 
 log = logging.getLogger(__name__)
 DONE = "done.json"
@@ -65,15 +68,15 @@ def _differences(old: Any, new: Any, key: str = "") -> list[str]:
     return [] if old == new or key in FREE else [f"{key}: {old} there, {new} here"]
 
 
-def _restore(config: Config, resume: str | Path) -> None:
-    """Bring back from ``train.mirror`` what is newer there than in ``output_dir``.
+def check_mirror(config: Config, resume: str | Path = "auto") -> Mirror | None:
+    """``train.mirror``, which can be written and is this run's or empty; None where there is none.
 
     Raises:
-        ConfigError: the mirror is another run's, or ``resume`` is ``never`` and it holds checkpoints.
+        ConfigError: it is another run's, or ``resume`` is ``never`` and it holds checkpoints.
         RemoteError: it cannot be read or written.
     """
     if config.train.mirror is None:
-        return
+        return None
     from .mirror import Mirror
 
     mirror, url = Mirror(config.train.mirror, Path(config.output_dir)), config.train.mirror
@@ -88,7 +91,13 @@ def _restore(config: Config, resume: str | Path) -> None:
         raise ConfigError(
             f"train.mirror {url}: is the mirror of another run ({'; '.join(differing[:3])}); choose another one"
         )
-    if resume == "auto":
+    return mirror
+
+
+def _restore(config: Config, resume: str | Path) -> None:
+    """Bring back from ``train.mirror`` what is newer there than in ``output_dir``. Raises as ``check_mirror``."""
+    mirror = check_mirror(config, resume)
+    if mirror is not None and resume == "auto":
         mirror.restore(dump(config), BESIDE)
 
 

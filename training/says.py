@@ -23,6 +23,6 @@ def say() -> None:
         handlers=[handler],
         force=True,
     )
-    for name in ("httpx", "httpx2", "datasets", "accelerate"):
+    for name in ("httpx", "httpx2", "datasets", "accelerate", "botocore", "aiobotocore"):
         logging.getLogger(name).setLevel(logging.WARNING)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # of kernels that it would fetch

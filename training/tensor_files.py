@@ -39,7 +39,7 @@ def write(file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
     """
     for name, x in tensors.items():
         if x.dtype not in DTYPES:
-            raise ValueError(f"{file}: {name} is of {x.dtype}, which safetensors has no name for")
+            raise ValueError(f"{file}: {name} is of {x.dtype}, which is not written to safetensors here")
     widths = list(DTYPES)
     order = sorted(tensors, key=lambda name: (widths.index(tensors[name].dtype), name))
     header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
