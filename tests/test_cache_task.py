@@ -252,6 +252,24 @@ def test_probes_are_shared_out_among_processes(parts: Path, tmp_path: Path, monk
     assert all((x != 0).sum() in (36, 24) for x in sums)
 
 
+def test_pictures_of_which_none_is_held_out_are_measured_once(parts: Path, tmp_path: Path, monkeypatch):
+    """``data.held_out: 0`` makes both splits the same; the numbers are those of two measurements."""
+    rows = Squares(5)
+    rows.content = lambda: np.arange(5)  # type: ignore[attr-defined]
+    config = config_of(parts, tmp_path, held_out=0)
+    config = config.model_copy(update={"validation": Validation(rows=3, levels=2)})
+    task = task_of(config, rows, rows)
+    probed, probe = [], task._probe
+    task._probe = lambda x: (probed.append(x), probe(x))[1]  # type: ignore[method-assign]
+    once = task.held_out()
+    assert len(probed) == 1 and [name for name in once if "_at_" in name] == [
+        "held_out_loss_at_0.25", "held_out_loss_at_0.75",
+    ]  # fmt: skip
+    task.same_rows = False
+    assert task.held_out() == once and len(probed) == 3
+    assert not task_of(config.model_copy(update={"data": config.data.model_copy(update={"held_out": 0.1})})).same_rows
+
+
 def test_size_conditions_are_the_rows_or_the_pictures(parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """SDXL's UNet is told what the rows know, and where they know nothing, that nothing was cut."""
     pooled, width = 5, 8
