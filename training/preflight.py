@@ -262,7 +262,8 @@ class _Telling:
     def _repeated(self) -> bool:
         """Validation shows the training pictures."""
         train, test = self.rows
-        return self.config.data.held_out == 0 and not isinstance(train, IterableDataset) and _equal(train, test)
+        streamed = isinstance(train, IterableDataset)
+        return self.config.data.held_out == 0 and not streamed and _equal(train, test)
 
     def _step(self, rehearsal: Rehearsal, flops: int) -> str:
         train = self.config.train

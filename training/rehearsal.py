@@ -232,7 +232,7 @@ def rehearse_briefly(
         ),
         "train": one,
     }  # fmt: skip
-    single = config.model_copy(update=update)
+    single: Any = config.model_copy(update=update)
     some, held = _some(train_rows, 1), _some(test_rows, 1)
     run = Path(config.output_dir)
     run.mkdir(parents=True, exist_ok=True)

@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import os
+import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -281,7 +282,11 @@ def train_one(
     )  # fmt: skip
     with loop.whole(task.players, accelerator):  # under FSDP2 the main process gets whole weights
         if main:
-            task.export()
+            try:
+                task.export()
+            except BaseException:  # Ctrl-C too
+                shutil.rmtree(run / "pipeline.partial", ignore_errors=True)
+                raise
     if main:
         if isinstance(config, AdaptConfig):
             write_card(result_of(config), config, data=_summary(train_rows), samples=_last_grid(run))

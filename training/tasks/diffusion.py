@@ -110,8 +110,10 @@ class DiffusionTask:
             self.rows = self._batches(train, caches[0], dropout=dropout, flip=flip)
             self.train_rows, self.captions = self._batches(train, caches[0]), splits[0][0].captions
         # Nothing is held out, and nothing else tells the rows of the two splits apart.
-        plain = stream is None and self.conditioner is None and config.data.held_out == 0
-        self.same_rows = plain and np.array_equal(train.content(), held_out.content())
+        self.same_rows = False
+        if stream is None and self.conditioner is None and config.data.held_out == 0:
+            rows: Any = train
+            self.same_rows = np.array_equal(rows.content(), held_out.content())
         done = {"vae": caches[0].latents is not None, "text": caches[0].texts is not None}
         self.cached = dict.fromkeys(done, False) if stream else done
         self.encoders.free(**self.cached)
