@@ -213,7 +213,8 @@ class _Telling:
             add("time, forecast", f"about {_spent(forecast)}, by arithmetic")
         self._print(title=f"{config.output_dir}: measured")
         add = self.table.add_row
-        with device.kernels(config.train, len(self.rows[0].shapes)):
+        train_rows: Any = self.rows[0]
+        with device.kernels(config.train, len(train_rows.shapes)):
             if self._brief(rehearsal_seconds(config, work, held, repeated)):
                 assert isinstance(inner, LatentRun)
                 rehearsal = rehearse_briefly(inner, *self.rows, self.accelerator, work, self.console.print)
