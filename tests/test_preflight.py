@@ -151,7 +151,7 @@ def test_a_large_network_is_rehearsed_briefly(tmp_path: Path, data: Path, parts:
     (found,) = report([config], console=console)
     text = console.export_text()
     assert found is not None and found.brief and rows == [1]
-    order = ["time, forecast", "check, 1 of 3: opens", "check, 2 of 3: trains", "check, 3 of 3: draws", "│ a step"]
+    order = ["│ forecast", "check, 1 of 3: opens", "check, 2 of 3: trains", "check, 3 of 3: draws", "│ a step"]
     assert [text.index(x) for x in order] == sorted(text.index(x) for x in order) and "s left)" in text
     assert min(found.step, found.picture, found.caption, *(found.once[k] for k in ("validation", "samples"))) > 0
     assert list(tmp_path.iterdir()) == []

@@ -210,7 +210,7 @@ class _Telling:
         held, repeated = len(self.rows[1]), self._repeated
         if config.task in ("diffusion", "adapt"):  # the others' networks are small, and mostly not matrix products
             forecast = expected_seconds(config, work, held, repeated, self.world)
-            add("time, forecast", f"about {_spent(forecast)}, by arithmetic")
+            add("forecast", f"about {_spent(forecast)}, by arithmetic")
         self._print(title=f"{config.output_dir}: measured")
         add = self.table.add_row
         train_rows: Any = self.rows[0]
