@@ -25,6 +25,7 @@ TRAIN: dict[str, Any] = {
     "images": 12, "batch_size": 2, "checkpoint_every": 6, "validate_every": 12, "sample_every": 12, "log_every": 12,
     "report_to": "none",
 }  # fmt: skip
+VALIDATION = {"rows": 16, "levels": 1}  # one call of the network
 SAMPLE = {"prompts": ["a red box"], "num_inference_steps": 2, "guidance_scale": 3.0}
 TOY = {"token": "<toy>", "initializer_token": "red"}
 
@@ -142,7 +143,7 @@ class Cases:
         family, train, sections = (ADAPT | PRODUCT)[name]
         train = dict(train)
         resume = train.pop("resume", False)
-        sections = {"sample": {}, **sections}
+        sections = {"sample": {}, "validation": VALIDATION, **sections}
         sections["sample"] = SAMPLE | sections["sample"]
         config = adapting.config(
             FAMILIES[family], self.root, run or name.replace(" ", "_"), **sections, train={**TRAIN, **train}
@@ -160,7 +161,7 @@ class Cases:
         if name == "vae":
             raw["loss"] |= {"gan_start": 2, "perceptual": f"clip:{self.root / 'clip'}"}
         if name in ("unet", "mmdit", "dit"):
-            raw["sample"] = SAMPLE
+            raw |= {"sample": SAMPLE, "validation": VALIDATION}
         if name in ("mmdit", "dit"):
             raw["model"] = {"name": name, "num_layers": 2, "attention_head_dim": 8, "num_attention_heads": 2}
         self.run(parse(raw, f"{name}.yaml"), name in ("clip", "vae", "unet"))
@@ -208,6 +209,7 @@ class Cases:
         from training import cli, config
 
         sections: dict[str, Any] = {**LORA, "sample": SAMPLE, "train": {**TRAIN, "images": 2}}
+        sections["validation"] = VALIDATION
         asked = adapting.config(FAMILIES["pixart"], self.root, "command_line", **sections)
         (self.root / "command.yaml").write_text(config.dump(asked))
         drawn = self.root / "drawn.png"
@@ -292,13 +294,11 @@ def main(folder: Path, names: list[str]) -> None:
     from tests import adapting  # with all that is heavy
     from training import arithmetic, conditioning, preflight, sizes  # noqa: F401
     from training.evaluate import report
-    from training.tasks import diffusion
 
     # What is no work of the device: the report's page, operations counted and bases checked on the meta device.
     report.write_report = lambda *a, **k: None
     arithmetic.training_flops, sizes.network_of = lambda *a: None, lambda config: ()
     conditioning.check_conditioning = lambda *a: None
-    diffusion.PROBED, diffusion.LEVELS = 16, 1  # rows whose loss is followed, and at how many times: one call for all
     adapting.base("sd", folder)
     gc.freeze()  # a run ends with a full collection, which need not look at all modules
     watch_steady_steps()

@@ -25,6 +25,7 @@ from training.cache import make_cache
 from training.config import parse
 from training.schema import DiffusionConfig
 from training.schema.cache import Cache
+from training.schema.tasks import Validation
 from training.tasks import diffusion
 from training.tasks.diffusion import DiffusionTask, first_distinct
 
@@ -33,6 +34,8 @@ NETS: dict[str, dict[str, Any]] = {
     "mmdit": {"num_layers": 2, "attention_head_dim": 8, "num_attention_heads": 2, "pos_embed_max_size": 12},
     "dit": {"num_layers": 2, "attention_head_dim": 8, "num_attention_heads": 2},
 }
+
+LEVELS = Validation().levels
 
 
 @pytest.fixture(scope="module")
@@ -205,10 +208,10 @@ def test_probes_in_buckets_are_each_rows_own(parts: Path, tmp_path: Path):
     seen: list[Tensor] = []
     losses = []
     with torch.no_grad():
-        for i in range(9 * diffusion.LEVELS):
-            batch = task.test_rows.__getitems__([(diffusion.FIXED + i, i // diffusion.LEVELS)])
+        for i in range(9 * LEVELS):
+            batch = task.test_rows.__getitems__([(diffusion.FIXED + i, i // LEVELS)])
             z, cond = task._inputs(batch, train=False)
-            t = torch.tensor([(i % diffusion.LEVELS + 0.5) / diffusion.LEVELS])
+            t = torch.tensor([(i % LEVELS + 0.5) / LEVELS])
             eps = rng.normal(7, batch["index"], z.shape[1:], Stream.NOISE)
             losses.append(task.denoiser.loss(z, t, cond, eps=eps))
             seen.append(z)
@@ -218,8 +221,9 @@ def test_probes_in_buckets_are_each_rows_own(parts: Path, tmp_path: Path):
 
 def test_probes_are_shared_out_among_processes(parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Each of three processes calls the network as often, and the sum of their parts is what one alone finds."""
-    monkeypatch.setattr(diffusion, "PROBED", 12)  # 8 chunks of 12
-    task = task_of(config_of(parts, tmp_path))
+    monkeypatch.setattr(diffusion, "TOKENS", 12 * 8 * 8)  # 8 chunks of 12
+    config = config_of(parts, tmp_path)
+    task = task_of(config.model_copy(update={"validation": Validation(rows=12)}))
     whole, sums, calls = task._probe(task.train_rows), [], []
     plain = task._inputs
 
@@ -244,8 +248,26 @@ def test_probes_are_shared_out_among_processes(parts: Path, tmp_path: Path, monk
         task.accelerator, task._inputs = One(rank), counted
         task._probe(task.train_rows)
     assert calls == [3, 3, 3]
-    torch.testing.assert_close(torch.stack(sums).sum(0).unflatten(0, (-1, diffusion.LEVELS)).mean(0), whole)
+    torch.testing.assert_close(torch.stack(sums).sum(0).unflatten(0, (-1, LEVELS)).mean(0), whole)
     assert all((x != 0).sum() in (36, 24) for x in sums)
+
+
+def test_pictures_of_which_none_is_held_out_are_measured_once(parts: Path, tmp_path: Path, monkeypatch):
+    """``data.held_out: 0`` makes both splits the same; the numbers are those of two measurements."""
+    rows = Squares(5)
+    rows.content = lambda: np.arange(5)  # type: ignore[attr-defined]
+    config = config_of(parts, tmp_path, held_out=0)
+    config = config.model_copy(update={"validation": Validation(rows=3, levels=2)})
+    task = task_of(config, rows, rows)
+    probed, probe = [], task._probe
+    task._probe = lambda x: (probed.append(x), probe(x))[1]  # type: ignore[method-assign]
+    once = task.held_out()
+    assert len(probed) == 1 and [name for name in once if "_at_" in name] == [
+        "held_out_loss_at_0.25", "held_out_loss_at_0.75",
+    ]  # fmt: skip
+    task.same_rows = False
+    assert task.held_out() == once and len(probed) == 3
+    assert not task_of(config.model_copy(update={"data": config.data.model_copy(update={"held_out": 0.1})})).same_rows
 
 
 def test_size_conditions_are_the_rows_or_the_pictures(parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -289,7 +311,7 @@ def test_a_stream_is_encoded_as_it_comes(parts: Path, tmp_path: Path):
     assert task.loss(batch, 0)[0].item() == pytest.approx(expected.item(), rel=1e-5)
     expected = {name: loss for name, loss in cached.held_out().items() if name.startswith("held_out")}
     assert task.held_out() == pytest.approx(expected, rel=1e-5)
-    assert sum("_at_" in name for name in expected) == diffusion.LEVELS
+    assert sum("_at_" in name for name in expected) == LEVELS
 
 
 def test_make_cache_makes_all_that_training_reads(parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

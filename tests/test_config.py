@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from training.config import dump, load, parse, relocate
+from training.config import dump, load, overrides_of, parse, relocate
 from training.fit import ConfigError, check_together
 from training.schema import AutoencoderConfig, AutoencoderLoss, ClipConfig, Config, DiffusionConfig
 
@@ -437,3 +437,19 @@ def test_relocate_moves_runs_and_what_points_to_them() -> None:
     check_together([clip, vae, unet])
     (alone,) = relocate([trio[2]], "elsewhere")  # what no config here makes keeps its place
     assert isinstance(alone, DiffusionConfig) and alone.vae.pretrained == "outputs/demo/vae"
+
+
+def test_a_stage_that_is_trained_again_finds_the_earlier_ones(tmp_path: Path) -> None:
+    unet = load(ROOT / "configs/openmoji/unet.yaml")
+    (tmp_path / "vae").mkdir()
+    (tmp_path / "vae" / "config.yaml").touch()
+    (alone,) = relocate([unet], tmp_path)
+    assert isinstance(alone, DiffusionConfig) and alone.vae.pretrained == str(tmp_path / "vae")
+    assert alone.text.pretrained == "outputs/demo/clip"  # which is not there
+
+
+def test_an_override_for_one_of_several() -> None:
+    texts, names = ["seed=1", "train.images=8", "unet.train.images=9", "vae.pretrained=x"], ["vae", "unet"]
+    texts += ["vae.train.images=7"]
+    assert overrides_of("unet", texts, names) == ["seed=1", "train.images=8", "train.images=9", "vae.pretrained=x"]
+    assert overrides_of("vae", texts, names) == ["seed=1", "train.images=8", "vae.pretrained=x", "train.images=7"]

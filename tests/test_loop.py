@@ -4,6 +4,7 @@ import json
 import os
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -140,6 +141,29 @@ def test_an_interrupted_run_ends_as_if_it_had_not_been(when: int, number: int, t
     assert task.seen == list(range(when + 8, IMAGES))
     assert differing(task.state(), whole[0].state()) == []
     assert logged(tmp_path) == whole[1]
+
+
+@pytest.mark.parametrize("move", ["held_out", "sample"])
+def test_a_signal_breaks_off_validation_and_samples(move: str, tmp_path: Path, whole, monkeypatch):
+    """At the next layer of a network, not after minutes; the weights are those of an uninterrupted run."""
+    calls: list[int] = []
+
+    def long(self: Toy, *_: Any) -> Any:
+        with self.players[0].averaged(), torch.no_grad():
+            for i in range(100):
+                calls.append(i)
+                if i == 2:
+                    os.kill(os.getpid(), signal.SIGINT)
+                self.players[1].module(torch.zeros(1, 4))  # without dropout, which would draw numbers
+        raise AssertionError("nobody stopped it")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Toy, move, long)
+        with pytest.raises(Interrupted) as stopped:
+            go(tmp_path)
+    assert stopped.value.code == 75 and calls == [0, 1, 2] and saved(tmp_path)[-1] == 24
+    assert not torch.nn.modules.module._global_forward_pre_hooks
+    assert differing(go(tmp_path).state(), whole[0].state()) == []
 
 
 def test_a_stopped_run_says_how_to_go_on(tmp_path: Path, capsys):

@@ -12,7 +12,7 @@ from training.config import dump, parse
 from training.fit import ConfigError
 from training.guards import Watchman
 from training.loop import Interrupted
-from training.run import begun, check_folder, open_data, train_all
+from training.run import begun, check_folder, is_done, open_data, train_all
 
 
 def config(root: Path, task: str, **train: Any):
@@ -20,9 +20,41 @@ def config(root: Path, task: str, **train: Any):
     return parse(raw, task)
 
 
-def test_keys_that_change_no_number_may_change(tmp_path: Path):
+def begin(run: Path, text: str) -> None:
+    """A run with a checkpoint."""
+    (run / "checkpoints" / "images_000000008").mkdir(parents=True)
+    (run / "checkpoints" / "images_000000008" / "manifest.json").write_text("{}")
+    (run / "config.yaml").write_text(text)
+
+
+def test_before_the_first_checkpoint_a_config_binds_nobody(tmp_path: Path):
+    """An override is changed after a check or a start that was broken off."""
     (tmp_path / "clip").mkdir()
     (tmp_path / "clip" / "config.yaml").write_text(dump(config(tmp_path, "clip")))
+    check_folder(config(tmp_path, "clip", batch_size=4))
+
+
+@pytest.mark.parametrize("scheduler", ["constant_with_warmup", "cosine"])
+def test_a_longer_run_extends_one_whose_schedule_has_no_end(scheduler: str, tmp_path: Path):
+    def of(images: int):
+        raw = configs(tmp_path, tmp_path, images=images)["clip"]
+        raw["optimizer"] = {**raw.get("optimizer", {}), "lr_scheduler": scheduler}
+        return parse(raw, "clip")
+
+    begin(tmp_path / "clip", dump(of(64)))
+    with pytest.raises(ConfigError, match=r"train\.images: 64 there, 32 here"):
+        check_folder(of(32))
+    if scheduler == "cosine":
+        with pytest.raises(ConfigError, match=r"holds a run of 64 images\. Its optimizer\.lr_scheduler cosine is"):
+            check_folder(of(128))
+        return
+    check_folder(of(128))
+    (tmp_path / "clip" / "done.json").write_text('{"inputs": {}}')
+    assert is_done(of(64), {}) and not is_done(of(128), {})
+
+
+def test_keys_that_change_no_number_may_change(tmp_path: Path):
+    begin(tmp_path / "clip", dump(config(tmp_path, "clip")))
     more = {"num_workers": 2, "keep_last": 5, "processes": 2, "timeout_minutes": 1.0, "async_checkpoint": True}
     check_folder(config(tmp_path, "clip", **more))
     with pytest.raises(ConfigError, match=r"train\.batch_size: 2 there, 4 here"):

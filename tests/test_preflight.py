@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import logging
+import os
 import random
 import signal
 import time
@@ -24,7 +25,7 @@ from training import measure
 from training.arithmetic import parameters
 from training.cache import make_cache
 from training.fit import ConfigError
-from training.guards import STOPS
+from training.guards import STOPS, Interrupted
 from training.journal import TIMED
 from training.preflight import DoesNotFit, cached, report
 from training.rehearsal import Rehearsal, Timed, times_due
@@ -133,6 +134,44 @@ def test_what_the_cache_will_hold(sections: dict[str, Any], tmp_path: Path, data
         made["texts_made"],
     )  # and the null prompt
     assert size == pytest.approx(made["bytes"], rel=0.1)
+
+
+def test_a_large_network_is_rehearsed_briefly(tmp_path: Path, data: Path, parts: Path, monkeypatch):
+    """One picture encoded, trained on and drawn, with lines of progress; the rest is scaled up."""
+    monkeypatch.setattr("training.preflight.LONG", 0.0)
+    monkeypatch.setattr("training.loop.train", None)  # no loop
+    monkeypatch.setattr(diffusion.DiffusionTask, "held_out", None)  # no validation
+    rows: list[int] = []
+    loss = diffusion.DiffusionTask.loss
+    monkeypatch.setattr(
+        diffusion.DiffusionTask, "loss", lambda self, b, n: (rows.append(len(b["index"])), loss(self, b, n))[1]
+    )
+    config = small("mmdit", tmp_path / "run", data, parts, sample={"prompts": ["a", "b"]})
+    console = Console(width=120, record=True, file=io.StringIO())
+    (found,) = report([config], console=console)
+    text = console.export_text()
+    assert found is not None and found.brief and rows == [1]
+    order = ["│ forecast", "check, 1 of 3: opens", "check, 2 of 3: trains", "check, 3 of 3: draws", "│ a step"]
+    assert [text.index(x) for x in order] == sorted(text.index(x) for x in order) and "s left)" in text
+    assert min(found.step, found.picture, found.caption, *(found.once[k] for k in ("validation", "samples"))) > 0
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("long", [0.0, 1e9])  # a brief rehearsal, and the whole one
+def test_a_signal_in_a_rehearsal_ends_it_and_leaves_nothing(
+    long: float, tmp_path: Path, data: Path, parts: Path, monkeypatch, caplog
+):
+    def drawing(self: Any, file: Path) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        raise AssertionError("it went on")
+
+    monkeypatch.setattr("training.preflight.LONG", long)
+    monkeypatch.setattr(diffusion.DiffusionTask, "sample", drawing)
+    before = [signal.getsignal(s) for s in STOPS]
+    with caplog.at_level("WARNING", "training"), pytest.raises(Interrupted) as stopped:
+        report([small("mmdit", tmp_path / "run", data, parts)], console=QUIET)
+    assert stopped.value.code == 75 and "nothing has begun" in caplog.text
+    assert list(tmp_path.iterdir()) == [] and [signal.getsignal(s) for s in STOPS] == before
 
 
 def test_a_critic_that_joins_later_counts_from_then_on(tmp_path: Path, data: Path, parts: Path):

@@ -53,6 +53,7 @@ def test_a_run_begun_before_a_key_was_there_has_its_default(made: Made, tmp_path
     old = yaml.safe_load(dump(config))
     del old["train"]["allow_tf32"], old["seed"]
     (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "done.json").write_text("{}")  # before that no config binds
     (tmp_path / "old" / "config.yaml").write_text(yaml.safe_dump(old))
     check_folder(config)
     (tmp_path / "old" / "config.yaml").write_text(yaml.safe_dump({**old, "gone": 1}))

@@ -24,7 +24,11 @@ log = logging.getLogger(__name__)
 Method = Literal["lora", "dreambooth", "textual_inversion", "finetune"]
 METHODS = ("lora", "dreambooth", "textual_inversion", "finetune")
 VIEWS = ("a photo of {}", "a close-up of {}", "a bright picture of {}", "a rendering of {}")  # textual inversion's
-BATCHES = (8, 4, 2, 1)
+BATCHES = (16, 8, 4, 2, 1)
+SMALL = 100_000_000  # parameters of a denoiser: below, a LoRA needs a higher rank and rate (Stable Diffusion 1.5: 860M)
+HOST_ROOM = 0.5  # of a machine's free memory, which other programs and the disk's cache need too
+SHOWN = 256  # side in pixels of what goes through the autoencoder; of smaller pictures several
+LOWEST_PSNR = 17.0  # dB. Stable Diffusion's autoencoder on COCO at 256 px: 23.4 on average, with a deviation of 3.8
 FEW = 20  # pictures, of which none is spared for validation
 
 
@@ -64,6 +68,9 @@ def adapt_config(
 ) -> AdaptConfig:
     """The config that ``ldm adapt`` runs.
 
+    Numbers of Stable Diffusion's users, or of the demo's base where the denoiser has less than 100M parameters: it
+    learns by higher ranks and rates, and more images.
+
     Args:
         base: as of a config: a pipeline folder, a run, a hub name or a single file.
         images: folder of pictures, with a caption in a.txt beside each a.jpg, with a metadata.jsonl, or with neither.
@@ -85,6 +92,9 @@ def adapt_config(
     out = Path(out) if out is not None else Path("outputs") / (re.sub(r"\W+", "_", trigger).strip("_") or "adapted")
     raw = _choices(base, Path(images), trigger, out, method, found)
     opened = _opened(raw)
+    small = sum(p.numel() for p in opened.bare.parameters()) < SMALL
+    if small:
+        _for_small_base(raw, method, found.count)
     raw["data"]["resolution"] = opened.resolution or HABITS[opened.family].resolution
     how = HABITS[opened.family]
     flow = opened.net.get("_class_name", "").startswith("UNet") and not _is_chain(opened)
@@ -96,7 +106,8 @@ def adapt_config(
         put(raw, text)
     config = _parsed(raw)
     said = {text.split("=")[0] for text in overrides}
-    return _fitted(config, said) if fitted else config
+    most = max(1, min(16 if small else 8, found.count, config.train.images))
+    return _fitted(config, said, most) if fitted else config
 
 
 def look(images: Path, trigger: str) -> Pictures:
@@ -183,10 +194,23 @@ def _choices(base: str, images: Path, trigger: str, out: Path, method: Method, f
         seen = min(max(50 * n, 4_000), 500_000)
     if n < FEW:
         raw["data"]["held_out"] = 0.0
+        raw["validation"] = {"rows": 4, "levels": 4}
     often = max(seen // 4, 1)
     train = {"images": seen, "log_every": max(seen // 50, 1), "checkpoint_every": often}
     train |= {"validate_every": often, "sample_every": often}
     return raw | {"optimizer": optimizer, "train": train, "sample": {"prompts": prompts}}
+
+
+def _for_small_base(raw: dict[str, Any], method: Method, count: int) -> None:
+    """What the demo's base of 13M parameters learns by (configs/openmoji), in place of what suits a large one."""
+    if method not in ("lora", "dreambooth"):
+        return
+    raw["lora"]["rank"] = max(16, raw["lora"]["rank"])
+    raw["optimizer"] |= {"learning_rate": 1e-3, "lr_warmup_images": 400, "adam_beta2": 0.99}
+    seen = min(max(100 * count, 6_000), 20_000)
+    often = seen // 4
+    raw["train"] |= {"images": seen, "log_every": seen // 50}
+    raw["train"] |= {"checkpoint_every": often, "validate_every": often, "sample_every": often}
 
 
 def _parsed(raw: dict[str, Any]) -> AdaptConfig:
@@ -227,38 +251,47 @@ def _check_trigger(folder: Path, trigger: str) -> None:
             )
 
 
-def _fitted(config: AdaptConfig, said: set[str]) -> AdaptConfig:
-    """With the largest batch of 8, 4, 2, 1 that a step has room for, and gradient checkpointing where two have none
-    without it; below four the gradients of four are summed. What the overrides say stays as it is."""
+def _fitted(config: AdaptConfig, said: set[str], most: int) -> AdaptConfig:
+    """With the largest batch up to ``most`` that a step has room for, and gradient checkpointing where two pictures
+    have none without it; below four the gradients of four are summed. What the overrides say stays as it is."""
     import torch
 
     from . import processes
-    from .arithmetic import training_memory
+    from .arithmetic import Memory, training_memory
     from .base import frozen_bytes
     from .preflight import ROOM, least_free, precision
     from .sizes import network_of
 
     mixed = precision(config.train.mixed_precision)
     accelerator = processes.started(config.train, mixed)  # all processes choose the same
-    device, room = accelerator.device, ROOM * least_free(accelerator)[0]
+    device = accelerator.device
+    room = (HOST_ROOM if device.type == "cpu" else ROOM) * least_free(accelerator)[0]
     autocast = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(mixed)
-    batches = (config.train.batch_size,) if "train.batch_size" in said else BATCHES
+    batches = (config.train.batch_size,) if "train.batch_size" in said else [n for n in BATCHES if n <= most]
     shares = (config.train.gradient_checkpointing,) if "train.gradient_checkpointing" in said else (0.0, 1.0)
     batch, share = batches[-1], shares[-1]
-    for share in shares:
-        tried = _trained(config, batches[0], share)
-        memory = training_memory(
-            *network_of(tried), batches[0], averaged=bool(config.ema_decay),
+
+    def memory_of(rows: int, share: float) -> Memory:
+        tried = _trained(config, rows, share)
+        return training_memory(
+            *network_of(tried), rows, averaged=bool(config.ema_decay),
             accumulated=config.train.gradient_accumulation_steps > 1,
             replicated=accelerator.num_processes > 1, device_type=device.type, autocast=autocast,
             state_bytes=config.optimizer.state_bytes, frozen_bytes=frozen_bytes(tried, device, mixed),
         )  # fmt: skip
-        free = room - (memory.total - memory.activations)
-        batch = next((n for n in batches if n / batches[0] * memory.activations <= free), batches[-1])
-        if batch > 1 and memory.activations * batch / batches[0] <= free:
+
+    for share in shares:
+        large = memory_of(batches[0], share).total
+        # What autocast copies of frozen weights does not grow with the batch: two points make the line.
+        small = large if large <= room or len(batches) == 1 else memory_of(1, share).total
+        each = (large - small) / max(1, batches[0] - 1)
+        fits = [n for n in batches if large - (batches[0] - n) * each <= room]
+        batch = max(fits, default=batches[-1])
+        if fits and batch >= min(2, batches[0]):
             break
     accumulated = said & {"train.batch_size", "train.gradient_accumulation_steps"} or batch >= 4
-    return _trained(config, batch, share, **({} if accumulated else {"gradient_accumulation_steps": 4 // batch}))
+    steps = max(1, min(4, config.train.images) // batch)
+    return _trained(config, batch, share, **({} if accumulated else {"gradient_accumulation_steps": steps}))
 
 
 def _trained(config: AdaptConfig, batch: int, share: float, **more: int) -> AdaptConfig:
@@ -287,34 +320,113 @@ def adapt(
     out: Path | None = None,
     yes: bool = False,
     overrides: Sequence[str] = (),
+    check: bool = True,
 ) -> Path | None:
     """Write the config to OUT.yaml, show it, check it, ask, train. Returns the run's folder; None if the answer is no.
 
+    A run that has begun goes on, or is taken up where it has ended, without another check and question. Before that a
+    config with other settings takes the place of OUT.yaml, which is kept as OUT.yaml.old.
+
+    Args:
+        check: forecast, rehearse, and look at the pictures through the base's autoencoder.
     Raises:
-        ConfigError, DataError: as ``adapt_config``; or OUT.yaml is there and says something else.
+        ConfigError, DataError: as ``adapt_config``; or the run has begun with settings that may not change.
         DoesNotFit: the run takes more memory than is free; OUT.yaml is written, and nothing else.
+        Interrupted: a signal came; before the training has begun only OUT.yaml is there.
     """
     import typer
 
+    print(f"# base {base}, pictures {images}: chooses settings", flush=True)
     from .fit import check_together
+    from .guards import leaving
     from .preflight import report
-    from .run import check_folder, train_all
+    from .run import begun, check_folder, open_data, source_of, train_all
 
-    config = adapt_config(base, images, trigger, out, method=method, overrides=overrides)
+    config = adapt_config(base, images, trigger, out, method=method, overrides=overrides, fitted=False)
+    going_on = begun(config)
+    with leaving("stopped before the training: nothing has begun"):
+        if going_on:
+            config = _fitted_before(config, {text.split("=")[0] for text in overrides})
+        else:
+            config = adapt_config(base, images, trigger, out, method=method, overrides=overrides)
     run = Path(config.output_dir)
     file, text = run.with_name(run.name + ".yaml"), written(config)
-    if file.is_file() and file.read_text(encoding="utf-8") != text:
-        raise ConfigError(
-            f"{file}: is there and says something else; `ldm train {file}` runs it, or give another --out"
-        )
     check_together([config])
-    check_folder(config)
+    try:
+        check_folder(config)
+    except ConfigError as error:
+        if not going_on:
+            raise
+        raise ConfigError(f"{error}. `ldm train {run}/config.yaml` goes on with what is there") from error
     file.parent.mkdir(parents=True, exist_ok=True)
+    if file.is_file() and file.read_text(encoding="utf-8") != text:
+        file.replace(file.with_name(file.name + ".old"))
+        print(f"# {file} had other settings; it is kept as {file.name}.old")
     file.write_text(text, encoding="utf-8")
-    print(f"# {file}\n{text}")
+    print(f"# {file}\n{text}", flush=True)
     opened: dict[str, Any] = {}
-    report([config], opened=opened)
-    if not yes and not typer.confirm(f"Train? (`ldm train {file}` does so later)", default=True):
-        return None
+    if not going_on:
+        if check:
+            with leaving("stopped before the training: nothing has begun"):
+                rows = open_data(config, draw=False)
+                print(f"# {shown_by_autoencoder(config, rows[0])}", flush=True)
+                if config.prior is None:
+                    opened[source_of(config, ())] = rows
+            report([config], opened=opened)
+        if not yes and not typer.confirm(f"Train? (`ldm train {file}` does so later)", default=True):
+            return None
     train_all([config], opened=opened)
     return run
+
+
+def _fitted_before(config: AdaptConfig, said: set[str]) -> AdaptConfig:
+    """With the batch and the gradient checkpointing of the run that has begun, unless the overrides say others."""
+    from .config import load
+
+    file = Path(config.output_dir) / "config.yaml"
+    if not file.is_file():
+        return config
+    there = load(file).train
+    keys = ("batch_size", "gradient_checkpointing", "gradient_accumulation_steps")
+    kept = {key: getattr(there, key) for key in keys if f"train.{key}" not in said}
+    return config.model_copy(update={"train": config.train.model_copy(update=kept)})
+
+
+# --- what the base can show ------------------------------------------------------------------------------------------
+
+
+def shown_by_autoencoder(config: AdaptConfig, rows: Any) -> str:
+    """A line about how well the base's autoencoder gives the pictures back, which nothing that trains here changes:
+    few of them, and small ones, so that it takes seconds. A warning where it loses what they show."""
+    import torch
+
+    from .base import base_of
+
+    count, decibels = _autoencoder_psnr(config, rows, base_of(config).open_vae(torch.float32))
+    some = f"{count} picture{'s' if count > 1 else ''}"
+    if decibels >= LOWEST_PSNR:
+        return f"the base's autoencoder gives {some} back at {decibels:.1f} dB (PSNR)"
+    return (
+        f"WARNING: the base's autoencoder gives {some} back at {decibels:.1f} dB only (PSNR; below {LOWEST_PSNR:g} dB "
+        "most of what a picture shows is lost). What the base draws comes no nearer to your pictures than that, "
+        "whatever trains: take a base that was made from such pictures"
+    )
+
+
+def _autoencoder_psnr(config: AdaptConfig, rows: Any, vae: Any) -> tuple[int, float]:
+    """Of the first pictures of one shape, scaled to ``SHOWN`` px at most -> their count and mean PSNR in dB."""
+    import torch
+    from torch.nn import functional
+
+    from .evaluate.metrics import psnr
+
+    side = min(config.data.resolution, SHOWN)
+    same = (rows.bucket == rows.bucket[0]).nonzero()[0][: max(1, SHOWN**2 // side**2)].tolist()
+    pictures = rows.pictures(same).float() / 255  # (B, 3, H, W)
+    step = vae.factor
+    size = [max(1, round(n * side / config.data.resolution) // step) * step for n in pictures.shape[-2:]]
+    pictures = functional.interpolate(pictures, size, mode="area")
+    with torch.no_grad():
+        vae = vae.eval()
+        back = vae.decode(vae.encode(2 * pictures - 1).mean)
+    return len(same), float(psnr((back / 2 + 0.5).clamp(0, 1), pictures).mean())

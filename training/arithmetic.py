@@ -6,12 +6,15 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
+
+if TYPE_CHECKING:
+    from .schema import LatentRun
 
 Forward = Callable[[nn.Module, int], Tensor]  # (network, rows in the batch) -> its output, on whatever device it is
 HALF = (torch.float16, torch.bfloat16)
@@ -58,6 +61,38 @@ class Memory:
         """Of one of ``world`` processes that share all but the activations out (FSDP2)."""
         parts = {kind: size // world for kind, size in vars(self).items() if kind != "activations"}
         return replace(self, **parts)
+
+
+@dataclass(frozen=True)
+class Work:
+    """Seconds that one picture takes on a device, by arithmetic.
+
+    Args:
+        flops: of its training step.
+        trained: share of the parameters that train.
+        speed: FLOP/s that networks reach on the device.
+    """
+
+    flops: int
+    trained: float
+    speed: float
+
+    @property
+    def training(self) -> float:
+        return self.flops / self.speed
+
+    @property
+    def forward(self) -> float:
+        return self.training / (2 + self.trained)  # as ``training_flops`` counts
+
+    def call(self, config: LatentRun) -> float:
+        """Of one step of the sampler, with classifier-free guidance where the samples have it."""
+        return calls_at_once(config) * self.forward
+
+
+def calls_at_once(config: LatentRun) -> int:
+    """Rows of the network's batch for one picture that is drawn: guidance adds the null prompt's."""
+    return 2 if config.sample.guidance_scale > 1 else 1
 
 
 def parameters(net: nn.Module) -> tuple[int, int]:

@@ -27,7 +27,10 @@ app.add_typer(inspect_app, name="inspect")
 app.add_typer(lora_app, name="lora")
 
 Configs = Annotated[
-    list[str], typer.Argument(help="Config files in the order to run, and key=value overrides for all.")
+    list[str],
+    typer.Argument(
+        help="Config files in the order to run, and overrides: key=value for all, unet.key=value for unet.yaml alone."
+    ),
 ]
 Out = Annotated[Path | None, typer.Option(help="Folder for the runs, in place of the one in their output_dir.")]
 
@@ -75,14 +78,15 @@ data_app.command()(cli_adapt.subject)
 
 def _load(configs: list[str], out: Path | None) -> list[Any]:
     """Read, override, relocate and check: all that can be said before torch is imported."""
-    from .config import load, relocate
+    from .config import load, overrides_of, relocate
     from .fit import ConfigError, check_together
     from .run import check_folder
 
     files = [c for c in configs if "=" not in c]
     if not files:
         raise ConfigError("no config file given; `ldm init` lists those that come with the package")
-    loaded = [load(file, [c for c in configs if "=" in c]) for file in files]
+    overrides, names = [c for c in configs if "=" in c], [Path(file).stem for file in files]
+    loaded = [load(file, overrides_of(n, overrides, names)) for file, n in zip(files, names, strict=True)]
     if out is not None:
         loaded = relocate(loaded, out)
     check_together(loaded)

@@ -44,15 +44,20 @@ def adapt(
     method: Annotated[str, typer.Option(help="lora, dreambooth, textual_inversion or finetune.")] = "lora",
     out: Annotated[Path | None, typer.Option(help="Folder of the run; by default outputs/ and the trigger.")] = None,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Train without asking.")] = False,
+    check: Annotated[
+        bool, typer.Option("--check/--no-check", help="First forecast time and memory, and rehearse the run.")
+    ] = True,
 ) -> None:
     """Adapt a model to a folder of pictures: a config is chosen, written, shown, checked and run.
+
+    The same command again goes on with a run that was stopped, and takes up one that has ended.
 
     Exit code 1 where the answer is no; 2 where something is wrong, or the run does not fit into the free memory.
     """
     say()
     from .adapt_auto import adapt as run
 
-    if run(base, images, trigger, method, out, yes, overrides or ()) is None:  # type: ignore[arg-type]  # it is checked
+    if run(base, images, trigger, method, out, yes, overrides or (), check) is None:  # type: ignore[arg-type]  # checked
         raise typer.Exit(1)
 
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import difflib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
@@ -20,6 +20,9 @@ _ADAPTER: TypeAdapter[Config] = TypeAdapter(Annotated[Config, Field(discriminato
 _TASKS = {
     "autoencoder": AutoencoderConfig, "clip": ClipConfig, "diffusion": DiffusionConfig, "adapt": AdaptConfig,
 }  # fmt: skip
+
+
+_KEYS = {key for kind in _TASKS.values() for key in kind.model_fields}  # at the top of a config
 
 
 class _Loader(yaml.SafeLoader):
@@ -98,11 +101,16 @@ def parse(raw: Mapping[str, Any], where: str) -> Config:
 
 def relocate(configs: Sequence[Config], root: str | Path) -> list[Config]:
     """The same runs under another folder: each ``output_dir`` becomes ``root/`` and its last name, and what pointed to
-    one of them follows."""
+    one of them follows. So does what points to a run beside them that is not among ``configs`` and is in ``root``
+    already: the earlier stages of one that is trained again."""
     moved = {Path(c.output_dir).resolve(): str(Path(root) / Path(c.output_dir).name) for c in configs}
+    beside = {place.parent for place in moved}
 
     def follow(name: str) -> str:
-        return moved.get(Path(name).resolve(), name)
+        place, there = Path(name).resolve(), Path(root) / Path(name).name
+        if place in moved:
+            return moved[place]
+        return str(there) if place.parent in beside and (there / "config.yaml").is_file() else name
 
     result: list[Config] = []
     for config in configs:
@@ -122,6 +130,24 @@ def relocate(configs: Sequence[Config], root: str | Path) -> list[Config]:
 def dump(config: Config) -> str:
     """The whole config as YAML, defaults written out: this text alone repeats the run."""
     return yaml.dump(json.loads(config.model_dump_json()), Dumper=Dumper, sort_keys=False, allow_unicode=True)
+
+
+def overrides_of(name: str, overrides: Sequence[str], names: Collection[str]) -> list[str]:
+    """Those for the config ``name``, among several: ``name.key=value`` is for it alone, without its name.
+
+    Args:
+        names: of all the configs. A first key that is one of them and a key of this config (``vae``, in a config
+            called vae and as the diffusion task's section) is the name only where the second key is a section's.
+    """
+    found = []
+    for text in overrides:
+        first, _, rest = text.partition(".")
+        section = rest.partition("=")[0].partition(".")[0]
+        if "." not in text.partition("=")[0] or first not in names or section not in _KEYS:
+            found.append(text)
+        elif first == name:
+            found.append(rest)
+    return found
 
 
 def put(raw: dict[str, Any], text: str) -> None:

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from accelerate import Accelerator, PartialState
 from accelerate.utils import gather_object
 from torch import Tensor
+from torch.nn.modules.module import register_module_forward_pre_hook
 
 from .schema import Train
 
@@ -143,8 +144,18 @@ class Watchman:
 # --- signals ---------------------------------------------------------------------------------------------------------
 
 
+class Cancelled(Exception):
+    """Validation or the drawing of samples was broken off by a signal."""
+
+
 class StopSignals:
-    """SIGTERM, Ctrl-C and SIGUSR1 are noted, to be obeyed after the step; a second one leaves at once."""
+    """SIGTERM, Ctrl-C and SIGUSR1 are noted, to be obeyed after the step; a second one leaves at once.
+
+    Attributes:
+        at_once: ``leaving`` is in force, whose handlers stay.
+    """
+
+    at_once: ClassVar[bool] = False
 
     def __init__(self) -> None:
         self.at: float | None = None
@@ -162,12 +173,63 @@ class StopSignals:
 
     @contextmanager
     def caught(self) -> Iterator[StopSignals]:
+        if StopSignals.at_once:
+            yield self
+            return
         old = {s: signal.signal(s, self.note) for s in STOPS}
         try:
             yield self
         finally:
             for number, handler in old.items():
                 signal.signal(number, handler)
+
+    @contextmanager
+    def cancelling(self, alone: bool) -> Iterator[None]:
+        """Within this context a signal breaks off at the next layer of any network, for work that may be left out.
+
+        Args:
+            alone: one process runs. Several stop together, after a step: nothing is broken off here.
+        Raises:
+            Cancelled: a signal came.
+        """
+
+        def check(*_: Any) -> None:
+            if self:
+                raise Cancelled
+
+        if not alone:
+            yield
+            return
+        hook = register_module_forward_pre_hook(check)
+        try:
+            yield
+        finally:
+            hook.remove()
+
+
+@contextmanager
+def leaving(text: str) -> Iterator[None]:
+    """Within this context a signal to stop ends the command at once, and what is cleaned up on the way is: temporary
+    folders go. For work of which nothing is kept.
+
+    Raises:
+        Interrupted: with exit code 75, after ``text`` is logged.
+    """
+
+    def leave(number: int, _frame: Any) -> None:
+        for other in STOPS:  # what follows is cleaning up, which a second signal does not break off
+            signal.signal(other, signal.SIG_IGN)
+        log.warning("%s", text)
+        raise Interrupted(75)
+
+    old = {s: signal.signal(s, leave) for s in STOPS}
+    StopSignals.at_once = True
+    try:
+        yield
+    finally:
+        StopSignals.at_once = False
+        for number, handler in old.items():
+            signal.signal(number, handler)
 
 
 class Stages:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -20,7 +20,7 @@ from . import checkpoint, measure, sharded, state
 from .ema import EMA
 from .fit import ConfigError
 from .gradients import OutOfMemory, gradients, naming_memory, parted, smaller_state
-from .guards import Diverged, Interrupted, Stages, StopSignals, Watchman
+from .guards import Cancelled, Diverged, Interrupted, Stages, StopSignals, Watchman
 from .journal import Journal, Window
 from .loader import Batch, Feed
 from .mirror import Mirror
@@ -127,6 +127,7 @@ def train(
         OSError: a checkpoint cannot be written; the older ones are whole.
     """
     times, root, main = StepTimes(accelerator), run / "checkpoints", accelerator.is_main_process
+    alone = accelerator.num_processes == 1
     players = [replace(player, loss=times.watch(player.loss)) for player in task.players]
     clock = _clock(task.rows, seed, config.batch_size)
     start = agreed(lambda: checkpoint.chosen(root, resume), accelerator)
@@ -216,19 +217,23 @@ def train(
             best = None
             if due(config.validate_every):
                 pulse.at("validating")
-                with naming_memory(f"while validating at image {now.images}", _room):
-                    measures = task.held_out()
-                journal.write(now.images, measures)
-                told_of = {k: v for k, v in measures.items() if "_at_" not in k}
-                journal.say(f"{now.images:,} images: " + ", ".join(f"{k} {v:.4g}" for k, v in told_of.items()))
-                best = _best(measures, config, now)
-            if due(config.sample_every):
+                with suppress(Cancelled), naming_memory(f"while validating at image {now.images}", _room):
+                    with told.cancelling(alone):
+                        measures = task.held_out()
+                    journal.write(now.images, measures)
+                    told_of = {k: v for k, v in measures.items() if "_at_" not in k}
+                    journal.say(f"{now.images:,} images: " + ", ".join(f"{k} {v:.4g}" for k, v in told_of.items()))
+                    best = _best(measures, config, now)
+                asked |= alone and bool(told)
+            if due(config.sample_every) and not (alone and told):
                 pulse.at("drawing samples")
-                with naming_memory(f"while drawing samples at image {now.images}", _room), whole(players, accelerator):
+                sheet = run / "samples" / f"images_{now.images:09d}.png"
+                memory = naming_memory(f"while drawing samples at image {now.images}", _room)
+                with suppress(Cancelled), memory, whole(players, accelerator), told.cancelling(alone):
                     if main:
-                        sheet = run / "samples" / f"images_{now.images:09d}.png"
                         task.sample(sheet)
                         journal.show(now.images, sheet)
+                asked |= alone and bool(told)
                 times.pause()
             if due(config.checkpoint_every) or asked or best:
                 pulse.at("saving")

@@ -23,17 +23,27 @@ from rich.table import Table
 from torch.utils.data import IterableDataset
 
 from . import device, measure, processes, zero
-from .arithmetic import Memory, parameters, training_flops, training_memory
+from .arithmetic import Memory, Work, parameters, training_flops, training_memory
 from .base import frozen_bytes
 from .config import relocate
 from .fail_together import all_fail_together
 from .fit import ConfigError
-from .rehearsal import Rehearsal, joining, rehearse
+from .rehearsal import (
+    LONG,
+    Rehearsal,
+    duration,
+    expected_seconds,
+    joining,
+    rehearsal_seconds,
+    rehearse,
+    rehearse_briefly,
+)
 from .schema import AdaptConfig, AutoencoderConfig, Config, DiffusionConfig, LatentRun
 from .sizes import Sizes, network_of, sizes
 
 GIB = 2**30
 ROOM = 0.9  # of the memory that is free: more is not tried
+REACHED = 0.45  # of the speed of matrix products, by networks: 0.51 to 0.58 measured on CPUs, less on GPUs
 COUNTED = 1_000_000  # rows whose captions are compared; of more than these every row's count
 Split = tuple[Any, Any]  # training and held-out rows, as ``run.open_data`` gives them
 
@@ -55,9 +65,10 @@ def report(
     console: Console | None = None,
     opened: dict[str, Split] | None = None,
 ) -> list[Rehearsal | None]:
-    """Open the data, rehearse each run, and print a table of each. Nothing is left behind, and nothing that comes
-    after it notices: of several processes all ask together, and the first one prints. All
-    processes get the same answer: the least free memory decides, and an error in one ends all.
+    """Open the data, rehearse each run, and print two tables of each: a forecast by arithmetic, after seconds, and
+    what was measured. Nothing is left behind, and nothing that comes after it notices: of several processes all ask
+    together, and the first one prints. All processes get the same answer: the least free memory decides, and an error
+    in one ends all. A signal ends it at once.
 
     Args:
         earlier: configs that these build on, whose runs are there.
@@ -67,7 +78,9 @@ def report(
     Raises:
         DoesNotFit: after all tables are printed; each run without room is named, and what would fit.
         ConfigError, DataError: a run cannot be made; the key, file or row is named.
+        Interrupted: SIGTERM, SIGUSR1 or Ctrl-C.
     """
+    from .guards import leaving
     from .run import open_data, source_of
 
     if not configs:
@@ -76,7 +89,12 @@ def report(
     found: list[Rehearsal | None] = []
     too_large: list[str] = []
     device.prepare(configs)
-    with _undisturbed(), _room(configs) as room, all_fail_together(_accelerator(configs[0])):
+    with (
+        leaving("stopped in the check, before the training: nothing has begun"),
+        _undisturbed(),
+        _room(configs) as room,
+        all_fail_together(_accelerator(configs[0])),
+    ):
         for i, config in enumerate(configs):
             before = [*earlier, *configs[:i]]
             key, began = source_of(config, before), time.perf_counter()
@@ -118,15 +136,22 @@ class _Telling:
         self.world = config.train.processes or accelerator.num_processes
         self.too_large: str | None = None
         self.table = Table(title=f"{config.output_dir}: {config.task}", show_header=False)
+        self.console = Console(quiet=True)
 
     @contextmanager
     def printed(self, console: Console) -> Iterator[None]:
         """What is known is told, also where the rehearsal fails."""
+        self.console = console
         try:
-            with console.status(f"{self.config.output_dir}: rehearsing"):
-                yield
+            yield
         finally:
-            console.print(self.table)
+            self._print()
+
+    def _print(self, title: str | None = None) -> None:
+        """The rows so far; those that follow go into a table of their own."""
+        if self.table.row_count:
+            self.console.print(self.table)
+        self.table = Table(title=title, show_header=False)
 
     def tell(self, inner: Config, missing: Sequence[str], opening: float) -> Rehearsal | None:
         """Fill the table.
@@ -181,19 +206,35 @@ class _Telling:
         if lacking := [name for name in _parts(config) if Path(name).resolve() in {Path(m).resolve() for m in missing}]:
             add("not rehearsed", f"{lacking[0]}, on which it builds, is not made")
             return None
-        shapes: Any = self.rows[0].shapes  # type: ignore[attr-defined]
-        with device.kernels(config.train, len(shapes)):
-            rehearsal = rehearse(inner, *self.rows, self.accelerator)
+        work = Work(flops, trained / (trained + frozen), REACHED * measure.matrix_speed(self.device, self.mixed))
+        held, repeated = len(self.rows[1]), self._repeated
+        if config.task in ("diffusion", "adapt"):  # the others' networks are small, and mostly not matrix products
+            forecast = expected_seconds(config, work, held, repeated, self.world)
+            add("forecast", f"about {_spent(forecast)}, by arithmetic")
+        self._print(title=f"{config.output_dir}: measured")
+        add = self.table.add_row
+        train_rows: Any = self.rows[0]
+        with device.kernels(config.train, len(train_rows.shapes)):
+            if self._brief(rehearsal_seconds(config, work, held, repeated)):
+                assert isinstance(inner, LatentRun)
+                rehearsal = rehearse_briefly(inner, *self.rows, self.accelerator, work, self.console.print)
+            else:
+                with self.console.status(f"{config.output_dir}: rehearsing"):
+                    rehearsal = rehearse(inner, *self.rows, self.accelerator)
         add("a step", self._step(rehearsal, flops))
-        add("memory, measured", f"{_bytes(rehearsal.memory)} at most, with everything that the run does")
+        scope = "with a batch of one picture" if rehearsal.brief else "with everything that the run does"
+        add("memory, measured", f"{_bytes(rehearsal.memory)} at most, {scope}")
         spent = {**rehearsal.seconds(config, self.world, pictures, captions), "data": opening}
         if drawn := _draws(config):
             add("class pictures", f"{drawn:,} to be drawn first")
             spent["class pictures"] = self._drawing(rehearsal, drawn)
-        total = sum(spent.values())
-        parts = ", ".join(f"{name} {_duration(s)}" for name, s in spent.items() if s > 0.01 * total)
-        add("time", f"about {_duration(total)} ({parts})")
+        add("time", f"about {_spent(spent)}")
         return replace(rehearsal, spent=spent)
+
+    def _brief(self, seconds: float) -> bool:
+        """A rehearsal of so many seconds is cut short, where one process trains a denoiser on rows."""
+        streamed, alone = isinstance(self.rows[0], IterableDataset), self.accelerator.num_processes == 1
+        return isinstance(self.config, LatentRun) and alone and not streamed and not zero.asked() and seconds > LONG
 
     def _frozen_bytes(self) -> float:
         if not isinstance(self.config, AdaptConfig):
@@ -213,7 +254,17 @@ class _Telling:
         side, shapes = self.config.data.resolution, train.shapes
         cut = f"{side} px" if len(shapes) == 1 else f"{len(shapes)} shapes of about {side} x {side} px"
         known = "streamed" if isinstance(train, IterableDataset) else f"{len(train):,}"
-        return f"{known} to train on, {len(test):,} held out, {cut}"
+        held = f"{len(test):,} held out"
+        if self._repeated:
+            held = "none held out (validated on the same)"
+        return f"{known} to train on, {held}, {cut}"
+
+    @property
+    def _repeated(self) -> bool:
+        """Validation shows the training pictures."""
+        train, test = self.rows
+        streamed = isinstance(train, IterableDataset)
+        return self.config.data.held_out == 0 and not streamed and _equal(train, test)
 
     def _step(self, rehearsal: Rehearsal, flops: int) -> str:
         train = self.config.train
@@ -222,7 +273,9 @@ class _Telling:
         share = f", {used:.0%} of what the device can do" if used else ""
         if used is None and self.device.type == "cuda" and self.mixed != "no":
             share = f", peak of {torch.cuda.get_device_name(self.device)} unknown"
-        speed = f"{rehearsal.step:.3f} s, {images * self.world:,.1f} images/s, {flops * images / 1e12:.2f} TFLOP/s"
+        rate = images * self.world
+        rate_text = f"{rate:,.1f}" if rate >= 1 else f"{rate:.2g}"
+        speed = f"{rehearsal.step:.3f} s, {rate_text} images/s, {flops * images / 1e12:.2f} TFLOP/s"
         before = f"; {rehearsal.alone:.3f} s before the critic joins" if joining(self.config) else ""
         return f"{speed}{' each' if self.world > 1 else ''}{share}{before}"
 
@@ -262,6 +315,8 @@ def cached(config: LatentRun, s: Sizes, rows: Split) -> tuple[int, int, int]:
     how, wide = config.cache, 4 if config.cache.precision == "fp32" else 2
     indexed = [(split, config.data.random_flip and i == 0) for i, split in enumerate(rows)]
     indexed = [(split, flip) for split, flip in indexed if not isinstance(split, IterableDataset)]
+    if config.data.held_out == 0 and len(indexed) == 2 and _equal(*rows):
+        indexed = indexed[:1]
     pictures = size = 0
     for split, flip in indexed if how.latents else ():
         _, first = np.unique(split.content(), return_index=True)
@@ -273,6 +328,11 @@ def cached(config: LatentRun, s: Sizes, rows: Split) -> tuple[int, int, int]:
     tokens = s.text_length * s.text_width + (s.pooled_width or 0)
     bias = 4 * s.text_length if s.pooled_width else 0  # SD3's, of the empty prompt's many tokens
     return pictures, captions, size + (captions + 1) * (wide * tokens + bias) * how.text  # and the null prompt
+
+
+def _equal(train: Any, held_out: Any) -> bool:
+    """Both splits show the same pictures."""
+    return np.array_equal(train.content(), held_out.content())
 
 
 def _captions(splits: Sequence[Any]) -> int:
@@ -356,7 +416,8 @@ def _parted(memory: Memory) -> str:
     return f"{_bytes(memory.total)}: {parts}"
 
 
-def _duration(seconds: float) -> str:
-    if seconds < 100:
-        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+def _spent(seconds: dict[str, float]) -> str:
+    """The total, and the parts that are more than a hundredth of it."""
+    total = sum(seconds.values())
+    parts = ", ".join(f"{name} {duration(s)}" for name, s in seconds.items() if s > 0.01 * total)
+    return f"{duration(total)} ({parts})"

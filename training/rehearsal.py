@@ -1,5 +1,9 @@
 """A rehearsal is the run itself, in a folder that goes away: the same task, loop, loader, optimizer, validation, sample
-grid, checkpoint and export, on some of the rows, for a few steps, on the device that will train. It is timed."""
+grid, checkpoint and export, on some of the rows, for a few steps, on the device that will train. It is timed.
+
+Where that would take long (a large network on a CPU), a brief one runs each kind of work once: a picture is encoded,
+one picture is trained on, one step of the sampler draws one picture. The rest is scaled up from these.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +13,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from contextlib import redirect_stderr
+from contextlib import closing, redirect_stderr
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
@@ -20,7 +24,8 @@ from accelerate import Accelerator
 from torch.utils.data import IterableDataset
 
 from . import measure, zero
-from .schema import AutoencoderConfig, Config, LatentRun
+from .arithmetic import Work, calls_at_once
+from .schema import AdaptConfig, AutoencoderConfig, Config, LatentRun
 
 if TYPE_CHECKING:
     from .loop import Player
@@ -29,6 +34,10 @@ STEPS = 6  # of a rehearsal: the first one warms up
 ROWS = 64  # at least, of which the cache is made
 DRAWN = 2  # steps of the sampler: the others take as long as the last
 NEVER = 10**15  # images
+LONG = 30.0  # seconds: a rehearsal that would take longer is a brief one
+# FLOPs for each pixel of Stable Diffusion's autoencoder, counted at 512 x 512: 1.1 and 2.5 TFLOP.
+ENCODER_FLOPS, DECODER_FLOPS = 4.2e6, 9.5e6
+OPENING = 10.0  # seconds to read and hash a base of about 1 billion parameters
 
 
 @dataclass(frozen=True)
@@ -42,6 +51,7 @@ class Rehearsal:
         once: each time that it is done: start, validation, samples, checkpoint, export.
         decoded, picture, caption: one of them, decoded or encoded for the cache; 0 where it is not cached.
         spent: by the whole run, by what it is spent on.
+        brief: each kind of work ran once, with a batch of one picture.
     """
 
     step: float
@@ -52,6 +62,7 @@ class Rehearsal:
     picture: float = 0.0
     caption: float = 0.0
     spent: dict[str, float] = field(default_factory=dict)
+    brief: bool = False
 
     def seconds(self, config: Config, world: int, pictures: int, captions: int) -> dict[str, float]:
         """What the whole run will take, by what it is spent on.
@@ -72,6 +83,47 @@ class Rehearsal:
             "validation": train.validate_every, "samples": train.sample_every, "checkpoint": train.checkpoint_every,
         }  # fmt: skip
         return found | {k: self.once.get(k, 0.0) * times_due(n, per_step, steps) for k, n in every.items()}
+
+
+def expected_seconds(config: Config, work: Work, rows: int, repeated: bool, world: int) -> dict[str, float]:
+    """What steps, validation and samples of the whole run take, by arithmetic alone.
+
+    Args:
+        rows: held-out pictures.
+        repeated: they are the training pictures, and measured once.
+    """
+    train = config.train
+    per_step = train.batch_size * train.gradient_accumulation_steps * world
+    steps = math.ceil(train.images / per_step)
+    spent = {"steps": steps * per_step / world * work.training}
+    if isinstance(config, LatentRun):
+        once = {
+            "validation": forward_passes(config, rows, repeated) * work.forward / world,
+            "samples": _drawn(config) * config.sample.num_inference_steps * work.call(config),
+        }
+        every = {"validation": train.validate_every, "samples": train.sample_every}
+        spent |= {name: once[name] * times_due(n, per_step, steps) for name, n in every.items()}
+    return spent
+
+
+def rehearsal_seconds(config: Config, work: Work, rows: int, repeated: bool) -> float:
+    """What ``rehearse`` takes in one process, by arithmetic alone."""
+    train = config.train
+    seconds = STEPS * train.batch_size * train.gradient_accumulation_steps * work.training
+    if isinstance(config, LatentRun):
+        seconds += forward_passes(config, rows, repeated) * work.forward + DRAWN * _drawn(config) * work.call(config)
+    return seconds
+
+
+def forward_passes(config: LatentRun, rows: int, repeated: bool) -> int:
+    """Pictures that go through the network in one validation."""
+    count = min(rows, config.validation.rows) * config.validation.levels
+    return count if repeated else 2 * count
+
+
+def _drawn(config: LatentRun) -> int:
+    """Pictures in a grid of samples."""
+    return len(config.sample.prompts) or 16
 
 
 def times_due(every: int, per_step: int, steps: int) -> int:
@@ -144,6 +196,105 @@ def rehearse(config: Config, train_rows: Any, test_rows: Any, accelerator: Accel
     del task, timed
     gc.collect()
     return found
+
+
+def rehearse_briefly(
+    config: LatentRun,
+    train_rows: Any,
+    test_rows: Any,
+    accelerator: Accelerator,
+    work: Work,
+    say: Callable[[str], None],
+) -> Rehearsal:
+    """One picture encoded, one trained on, one drawn by one step of the sampler, in one process. Nothing is validated,
+    and no checkpoint is written.
+
+    Args:
+        work: seconds by arithmetic, for the time that is left.
+        say: takes a line of progress.
+    Raises:
+        ConfigError: a part that the run builds on cannot be opened.
+        and what a step raises.
+    """
+    from .gradients import gradients
+    from .journal import Window
+    from .loader import Feed
+    from .run import build
+
+    device, how, pixels = accelerator.device, config.train, config.data.resolution**2
+    one = how.model_copy(
+        update={"images": 1, "batch_size": 1, "gradient_accumulation_steps": 1, "num_workers": 0, "mirror": None}
+    )
+    update = {
+        "cache": config.cache.model_copy(update={"dir": None}),  # one that others use is left alone
+        "sample": config.sample.model_copy(
+            update={"num_inference_steps": 1, "prompts": config.sample.prompts[:1]}
+        ),
+        "train": one,
+    }  # fmt: skip
+    single: Any = config.model_copy(update=update)
+    some, held = _some(train_rows, 1), _some(test_rows, 1)
+    run = Path(config.output_dir)
+    run.mkdir(parents=True, exist_ok=True)
+    measure.reset_peak(device)
+    torch.manual_seed(config.seed)
+    opening = OPENING + 2 * ENCODER_FLOPS * pixels / work.speed
+    drawing = work.call(config) + DECODER_FLOPS * pixels / work.speed
+
+    def now() -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter()
+
+    left = duration(opening + work.training + drawing)
+    say(f"check, 1 of 3: opens the parts and encodes one picture (about {left} left)")
+    with redirect_stderr(io.StringIO()):
+        began = now()
+        task = build(single, some, held, run, accelerator)
+        built = now()
+        decoded, picture, caption = _encoding(task, some, passes=1)
+    say(f"check, 2 of 3: trains on one picture (about {duration(work.training + drawing)} left)")
+    with (
+        redirect_stderr(io.StringIO()),
+        closing(Feed(task.rows, one, config.seed, 0, 1, accelerator, None).batches()) as batches,
+    ):
+        player = task.players[0]
+        micro = next(batches)
+        before = now()
+        gradients(player, [micro], 0, accelerator, one, Window())
+        trained = now()
+        _, skipped = player.optimizer.step()
+        player.ema.update(player.optimizer.steps - 1, 1, skipped)
+        stepped = now()
+    slower = (trained - before) / work.training  # than arithmetic has it
+    say(f"check, 3 of 3: draws one picture by one step (about {duration(drawing * slower)} left)")
+    with redirect_stderr(io.StringIO()):
+        timed = Timed(task, device)
+        timed.sample(run / "samples" / "one.png")
+        call, rest = sum(timed.drawing), timed.once["samples"] - sum(timed.drawing)
+        small = isinstance(config, AdaptConfig) and not config.whole
+        if small:  # a whole pipeline takes minutes to write and compare
+            timed.export()
+    prompts, rows, repeated = _drawn(config), len(test_rows), getattr(task, "same_rows", False)
+    forward = call / calls_at_once(config)
+    once = {
+        "start": max(0.0, built - began - picture - caption),
+        "validation": forward_passes(config, rows, repeated) * forward,
+        "samples": prompts * (config.sample.num_inference_steps * call + rest),
+        "export": timed.once.get("export", 0.0),
+    }
+    step = how.gradient_accumulation_steps * how.batch_size * (trained - before) + stepped - trained
+    memory = measure.peak(device)
+    accelerator.free_memory()
+    del task, timed, player, micro
+    gc.collect()
+    return Rehearsal(step, step, memory, once, decoded, picture, caption, brief=True)
+
+
+def duration(seconds: float) -> str:
+    if seconds < 100:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
 def _some(rows: Any, count: int) -> Any:
@@ -241,8 +392,12 @@ def _loading(rows: Any, batch: int) -> float:
 
 
 @torch.no_grad()
-def _encoding(task: Any, rows: Any) -> tuple[float, float, float]:
-    """Seconds to decode a picture, to encode one, and to encode a caption, of those that the cache holds."""
+def _encoding(task: Any, rows: Any, passes: int = 2) -> tuple[float, float, float]:
+    """Seconds to decode a picture, to encode one, and to encode a caption, of those that the cache holds.
+
+    Args:
+        passes: the last one counts; one is enough where the encoders have just run.
+    """
     from .batches import to_unit
     from .cache import BATCH, PIXELS
 
@@ -252,7 +407,7 @@ def _encoding(task: Any, rows: Any) -> tuple[float, float, float]:
     same = (rows.bucket == rows.bucket[0]).nonzero()[0][: max(1, min(BATCH, PIXELS // (h * w)))].tolist()
     texts = [text for i in range(min(len(rows), BATCH)) for text in rows.texts[i]][:BATCH]
     picture = caption = decoded = 0.0
-    for _ in range(2):  # the second counts
+    for _ in range(passes):
         began = time.perf_counter()
         pictures = rows.pictures(same)
         decoded = (time.perf_counter() - began) / len(same)

@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import os
+import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -25,7 +26,10 @@ log = logging.getLogger(__name__)
 DONE = "done.json"
 BESIDE = ("cache", "base", "base.json", "base.lock", "class_pictures")  # what may be there before a run is
 # Keys that change no number of what a run makes: it may go on with others.
-FREE = {"cache.dir", "cache.prune", "data.storage_options", "data.shard_cache", "data.shard_cache_gb"} | {
+FREE = {
+    "cache.dir", "cache.prune", "data.storage_options", "data.shard_cache", "data.shard_cache_gb",
+    "validation", "validation.rows", "validation.levels",
+} | {
     "train." + key
     for key in (
         "num_workers", "processes", "timeout_minutes", "sample_every", "checkpoint_every", "keep_last", "keep_every",
@@ -35,16 +39,30 @@ FREE = {"cache.dir", "cache.prune", "data.storage_options", "data.shard_cache", 
 }  # fmt: skip
 
 
+# Schedules of the learning rate that do not depend on the length of the run.
+ENDLESS = ("constant", "constant_with_warmup", "piecewise_constant")
+
+
 def check_folder(config: Config) -> None:
-    """Raises ConfigError where ``output_dir`` holds another run or other files."""
+    """A run that has begun may go on with a config that changes no number of what it has made so far, and be extended
+    (a larger ``train.images``) where its schedule does not depend on its length.
+
+    Raises:
+        ConfigError: ``output_dir`` holds another run or other files.
+    """
     run = Path(config.output_dir)
     if not run.exists():
         return
     written = run / "config.yaml"
     if not run.is_dir() or (not written.is_file() and any(x.name not in BESIDE for x in run.iterdir())):
         raise ConfigError(f"{run}: is there and holds no run (no config.yaml); choose another output_dir")
-    if written.is_file():
-        differing = _differences(_with_defaults(written.read_text(encoding="utf-8")), yaml.safe_load(dump(config)))
+    if written.is_file() and begun(config):  # before the first checkpoint nothing is lost by another config
+        there = _with_defaults(written.read_text(encoding="utf-8"))
+        differing = _differences(there, yaml.safe_load(dump(config)))
+        if len(differing) == 1 and config.train.images > there.get("train", {}).get("images", config.train.images):
+            if problem := _not_extended(config):
+                raise ConfigError(f"{run}: holds a run of {there['train']['images']} images. {problem}")
+            differing = []
         if differing:
             raise ConfigError(
                 f"{run}: holds a run of another config ({'; '.join(differing[:3])}); choose another output_dir, "
@@ -59,6 +77,20 @@ def _with_defaults(text: str) -> Any:
         return yaml.safe_load(dump(parse(raw, "config.yaml")))
     except ConfigError:  # of a version that had other keys: what differs is named
         return raw
+
+
+def _not_extended(config: Config) -> str | None:
+    """Why a longer run would not be what this one is so far."""
+    start = "start another run from this one (lora.start, or base), in another output_dir"
+    kind = config.optimizer.lr_scheduler
+    if kind not in ENDLESS:
+        return (
+            f"Its optimizer.lr_scheduler {kind} is spread over the length of the run: with train.images "
+            f"{config.train.images} all rates would have been others. A constant one can be extended; or {start}"
+        )
+    if config.ema.snapshot_every:
+        return f"Its averages (ema.snapshot_every) end there; {start}"
+    return None
 
 
 def _differences(old: Any, new: Any, key: str = "") -> list[str]:
@@ -102,9 +134,12 @@ def _restore(config: Config, resume: str | Path) -> None:
 
 
 def is_done(config: Config, inputs: dict[str, str]) -> bool:
-    """The run has ended, and what it was made from is still the same."""
-    file = Path(config.output_dir) / DONE
-    return file.is_file() and json.loads(file.read_text())["inputs"] == inputs
+    """The run has ended, as long as the config says, and what it was made from is still the same."""
+    file, written = Path(config.output_dir) / DONE, Path(config.output_dir) / "config.yaml"
+    if not file.is_file() or json.loads(file.read_text())["inputs"] != inputs:
+        return False
+    images = yaml.safe_load(written.read_text())["train"]["images"] if written.is_file() else config.train.images
+    return images >= config.train.images
 
 
 def begun(config: Config) -> bool:
@@ -253,6 +288,7 @@ def train_one(
         )  # fmt: skip
     task = build(config, train_rows, test_rows, run, accelerator)
     if main:  # not before: a config that cannot be built leaves the folder free for a better one
+        (run / DONE).unlink(missing_ok=True)  # of a shorter run, which this one extends
         (run / "config.yaml").write_text(dump(config))
         if config.train.mirror:
             Mirror(config.train.mirror, run).put_config(dump(config))
@@ -264,7 +300,11 @@ def train_one(
     )  # fmt: skip
     with loop.whole(task.players, accelerator):  # under FSDP2 the main process gets whole weights
         if main:
-            task.export()
+            try:
+                task.export()
+            except BaseException:  # Ctrl-C too
+                shutil.rmtree(run / "pipeline.partial", ignore_errors=True)
+                raise
     if main:
         if isinstance(config, AdaptConfig):
             write_card(result_of(config), config, data=_summary(train_rows), samples=_last_grid(run))

@@ -14,9 +14,11 @@ from pipelines.likelihood import PictureBits, decoder_std, picture_bits
 
 from ..batches import Stream, to_unit
 from ..data import Rows
-from ..tasks.diffusion import FIXED, LEVELS, PROBED
+from ..schema.tasks import Validation
+from ..tasks.diffusion import FIXED
 from .measures_data import Progress
 
+PROBED, LEVELS = Validation().rows, Validation().levels  # a run's, unless its config says otherwise
 AT_ONCE = 16  # pictures whose bits are counted in one batch
 
 

@@ -63,6 +63,13 @@ class Sample(Section):
     seed: int = 0
 
 
+class Validation(Section):
+    """The held-out loss: of how many pictures, and at how many times t each, with fixed noise."""
+
+    rows: Positive = 64
+    levels: Positive = 8
+
+
 PredictionType = Literal["flow_prediction", "epsilon", "v_prediction", "sample", "score", "karras"]
 
 
@@ -75,6 +82,7 @@ class LatentRun(Run):
     caption_dropout: Share = 0.1
     cache: Cache = Cache()
     sample: Sample = Sample()
+    validation: Validation = Validation()
 
 
 class DiffusionConfig(LatentRun):

@@ -46,8 +46,7 @@ from ..schema import AdaptConfig, DiffusionConfig, DiTModel, Times, UNetModel
 from ..sources import Split
 from .common import check_attention, player, tuned
 
-PROBED = 64  # rows whose loss is followed at fixed times and noise
-LEVELS = 8  # of t, for each of them
+TOKENS = 2**15  # latent pixels in one forward pass of the validation: 8 rows of 64 x 64, 128 of 16 x 16
 FIXED = 2**40  # image indices that no run reaches: the probes' noise
 
 
@@ -110,6 +109,11 @@ class DiffusionTask:
             flip, dropout = config.data.random_flip, config.caption_dropout
             self.rows = self._batches(train, caches[0], dropout=dropout, flip=flip)
             self.train_rows, self.captions = self._batches(train, caches[0]), splits[0][0].captions
+        # Nothing is held out, and nothing else tells the rows of the two splits apart.
+        self.same_rows = False
+        if stream is None and self.conditioner is None and config.data.held_out == 0:
+            rows: Any = train
+            self.same_rows = np.array_equal(rows.content(), held_out.content())
         done = {"vae": caches[0].latents is not None, "text": caches[0].texts is not None}
         self.cached = dict.fromkeys(done, False) if stream else done
         self.encoders.free(**self.cached)
@@ -204,14 +208,16 @@ class DiffusionTask:
 
     @torch.no_grad()
     def _probe(self, rows: LatentBatches) -> Tensor:
-        """Mean losses (LEVELS,) at fixed (row, t, noise): the same triples in every call and every run of this seed,
-        and the same numbers from any number of processes, which share them out."""
-        pairs = [(FIXED + i, i // LEVELS) for i in range(min(len(rows), PROBED) * LEVELS)]
+        """Mean losses (levels,) at fixed (row, t, noise): the same triples in every call and every run of this seed
+        and these ``validation`` keys, and the same numbers from any number of processes, which share them out."""
+        probed, levels = self.config.validation.rows, self.config.validation.levels
+        pairs = [(FIXED + i, i // levels) for i in range(min(len(rows), probed) * levels)]
+        most = max(1, min(probed, TOKENS * self.about.factor**2 // self.config.data.resolution**2))
         bucket = rows.bucket[[row for _, row in pairs]]
         chunks = [
-            same[i : i + PROBED]
+            same[i : i + most]
             for same in (np.flatnonzero(bucket == b) for b in np.unique(bucket))
-            for i in range(0, len(same), PROBED)
+            for i in range(0, len(same), most)
         ]
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
         losses = torch.zeros(len(pairs), device=self.device)
@@ -220,21 +226,24 @@ class DiffusionTask:
             found = rows.__getitems__([pairs[i] for i in chunk])
             batch = {k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in found.items()}
             z, cond = self._inputs(batch, train=False)
-            t = ((batch["index"] - FIXED) % LEVELS + 0.5) / LEVELS
+            t = ((batch["index"] - FIXED) % levels + 0.5) / levels
             eps = rng.normal(self.seed, batch["index"], z.shape[1:], Stream.NOISE)
             each = self.denoiser.loss(z, t.float(), cond, eps=eps, mask=batch.get("mask"))
             if first + rank < len(chunks):
                 losses[torch.from_numpy(chunk).to(self.device)] = each
-        return cast(Tensor, self.accelerator.reduce(losses, "sum")).unflatten(0, (-1, LEVELS)).mean(0)
+        return cast(Tensor, self.accelerator.reduce(losses, "sum")).unflatten(0, (-1, levels)).mean(0)
 
     def held_out(self) -> dict[str, float]:
-        """The loss at fixed (row, t, noise) of held-out rows, at each t and in all, and of as many training rows."""
+        """The loss at fixed (row, t, noise) of held-out rows, at each t and in all, and of as many training rows.
+        Where nothing is held out (``data.held_out: 0``) both are the same pictures, and computed once."""
         with self._at_rest():
             each = self._probe(self.test_rows)
             found = {"held_out_loss": each.mean().item()}
             if self.train_rows is not None:
-                found["train_fixed_loss"] = self._probe(self.train_rows).mean().item()
-        levels = ((level + 0.5) / LEVELS for level in range(LEVELS))
+                both = found["held_out_loss"] if self.same_rows else self._probe(self.train_rows).mean().item()
+                found["train_fixed_loss"] = both
+        count = self.config.validation.levels
+        levels = ((level + 0.5) / count for level in range(count))
         return found | {f"held_out_loss_at_{t:.2f}": loss for t, loss in zip(levels, each.tolist(), strict=True)}
 
     @torch.no_grad()
