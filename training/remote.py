@@ -21,6 +21,8 @@ from pathlib import Path, PurePosixPath
 from threading import Thread
 from typing import Any, BinaryIO, TypeVar
 
+from ldm.extras import pip_install
+
 from .pictures import one_line
 from .tables import DataError
 
@@ -61,7 +63,7 @@ def filesystem(url: str, options: Mapping[str, Any]) -> tuple[Any, str]:
         return url_to_fs(url, **options)
     except ImportError as error:
         name = PACKAGES.get(url.partition("://")[0])
-        command = f"pip install {name}, or pip install 'latent-t2i[cloud]'" if name else "install its package"
+        command = pip_install(name) if name else "install its package"
         raise RemoteError(f"{url}: needs a package that is not installed ({one_line(error)}): {command}") from error
     except (TypeError, ValueError) as error:
         raise RemoteError(f"{url}: cannot be opened; look at data.storage_options ({one_line(error)})") from error
