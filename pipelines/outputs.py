@@ -12,9 +12,7 @@ from typing import Literal
 log = logging.getLogger(__name__)
 
 
-def check_output(
-    path: str | Path, option: str, kind: Literal["file", "folder", "either"] = "either"
-) -> Path:
+def check_output(path: str | Path, option: str, kind: Literal["file", "folder", "either"] = "either") -> Path:
     """Check that ``path`` can be written; nothing is created there.
 
     The nearest existing folder is tested with a temporary file: permission bits say nothing to
@@ -46,34 +44,33 @@ def check_output(
         for name in target.parts[len(parent.parts) :]:  # a name that is too long for the file system
             (parent / name).exists()
     except OSError as error:
-        raise ValueError(
-            f"{option} {path}: cannot be written ({error.strerror}); choose another place"
-        ) from error
+        raise ValueError(f"{option} {path}: cannot be written ({error.strerror}); choose another place") from error
     return target
 
 
-def write_or_keep(path: Path, write: Callable[[Path], object]) -> Path:
+def write_or_keep(path: Path, write: Callable[[Path], object], suffix: str) -> Path:
     """Write ``path``; where that fails, write under another name beside it or in the temporary folder.
 
     Args:
         write: writes the file that it is called with.
+        suffix: of the other name: a format that takes any content (JPEG and WebP have size limits).
     Returns:
         The file that was written.
     Raises:
-        OSError: none of the places can be written.
+        OSError, ValueError: none of the places can be written.
     """
     try:
         write(path)
         return path
-    except OSError as error:
+    except (OSError, ValueError) as error:
         first = error
     for folder in (path.parent, Path(tempfile.gettempdir())):
-        names = (folder / f"{path.stem}-{i}{path.suffix}" for i in count(2))
+        names = (folder / f"{path.stem}-{i}{suffix}" for i in count(2))
         try:
             other = next(name for name in names if not name.exists())
             write(other)
-        except OSError:
+        except (OSError, ValueError):
             continue
-        log.warning("%s: cannot be written (%s); written to %s", path, first.strerror or first, other)
+        log.warning("%s: cannot be written (%s); written to %s", path, first, other)
         return other
     raise first

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import struct
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -17,6 +18,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+log = logging.getLogger(__name__)
 KEY, LINES = "ldm", "parameters"
 LONGEST = 1 << 20  # bytes of a text chunk; a page of prompt is 4 kB
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
@@ -76,8 +78,8 @@ def save_picture(picture: Image.Image, path: str | Path, settings: Mapping[str, 
     A format that has no place for settings (BMP, GIF …) is written without them.
 
     Raises:
-        ValueError: no such format; a setting of another type than ``Settings`` has, that JSON
-            cannot write, or that is too long for the format.
+        ValueError: no such format; a setting of another type than ``Settings`` has, or that JSON
+            cannot write.
     """
     kind = _format(path)
     if kind is None:
@@ -87,14 +89,17 @@ def save_picture(picture: Image.Image, path: str | Path, settings: Mapping[str, 
         return
     options: dict[str, Any] = {}
     if kind in EXIF:
+        options = {"quality": 95}
         written = _json(settings, path)[1].encode()
-        if len(written) > LONGEST_EXIF:
-            raise ValueError(
-                f"{path}: the settings have {len(written):,} bytes, and {kind} holds {LONGEST_EXIF:,}; write a .png"
-            )
-        exif = Image.Exif()
-        exif.get_ifd(EXIF_IFD)[USER_COMMENT] = ASCII + written
-        options = {"exif": exif, "quality": 95}
+        if len(written) <= LONGEST_EXIF:
+            exif = Image.Exif()
+            exif.get_ifd(EXIF_IFD)[USER_COMMENT] = ASCII + written
+            options["exif"] = exif
+        else:
+            log.warning(
+                "%s: written without its settings, which have %s bytes, and %s holds %s; a .png has room for them",
+                path, f"{len(written):,}", kind, f"{LONGEST_EXIF:,}",
+            )  # fmt: skip
     picture.save(path, kind, **options)
 
 

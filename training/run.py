@@ -248,7 +248,7 @@ def train_one(
         if main:
             task.export()
     if main:
-        if isinstance(config, AdaptConfig):
+        if isinstance(config, AdaptConfig | DiffusionConfig):
             write_card(result_of(config), config, data=_summary(train_rows), samples=_last_grid(run))
         write_report(run, title=f"{config.task}: {run.name}", data=_summary(train_rows))
         took = {"seconds": time.perf_counter() - start, "memory": measure.peak(accelerator.device)}
