@@ -8,6 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
+from pipelines.outputs import check_output
+
 from . import cli_adapt, cli_app, cli_sample
 from .cli_evaluate import evaluate
 from .cli_inspect import app as inspect_app
@@ -65,6 +67,7 @@ def openmoji(
     """Render OpenMoji (about 1,900 captioned pictures) as an imagefolder."""
     from .openmoji import read_names, render
 
+    check_output(out, "--out", "folder")
     chosen = None if concepts is None else read_names(concepts)
     print(render(out, size, chosen))
 
@@ -153,6 +156,7 @@ def ema(
 ) -> None:
     """Average a run's weights afterwards, over any width (post-hoc EMA, Karras et al. 2024)."""
     say()
+    check_output(out, "--out", "folder")
     from .posthoc import ema_pipeline
 
     print(ema_pipeline(run, sigma_rel, out, images))
@@ -205,6 +209,7 @@ def init(
     if key not in files:
         raise ConfigError(f"{name}: not one of {', '.join(files)}")
     target = out or Path(files[key].name)
+    check_output(target, "--out", "file")
     if target.exists():
         raise ConfigError(f"{target}: is there already; give another --out")
     target.parent.mkdir(parents=True, exist_ok=True)

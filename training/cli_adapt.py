@@ -7,6 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
+from pipelines.outputs import check_output
+
 from .cli_sample import Dtype
 from .says import say
 
@@ -20,6 +22,7 @@ def style(
     source: Annotated[str, typer.Option(help="ink or poster, drawn here; noto or fluent, fetched by npm.")] = "ink",
 ) -> None:
     """Draw OpenMoji's concepts in a style that the demo's model never saw, as an imagefolder."""
+    check_output(out, "--out", "folder")
     from .styles import style_pictures
 
     print(style_pictures(out, size, count, source))
@@ -31,6 +34,7 @@ def subject(
     concept: Annotated[str, typer.Option(help="One of OpenMoji's drawings, to be made blue.")] = "lemon",
 ) -> None:
     """Draw five pictures of one subject, a thing in a colour that it never has, and eight to judge by."""
+    check_output(out, "--out", "folder")
     from .styles import subject_pictures
 
     print(subject_pictures(out, size, concept))
@@ -50,6 +54,8 @@ def adapt(
     Exit code 1 where the answer is no; 2 where something is wrong, or the run does not fit into the free memory.
     """
     say()
+    if out is not None:
+        check_output(out, "--out", "folder")
     from .adapt_auto import adapt as run
 
     if run(base, images, trigger, method, out, yes, overrides or ()) is None:  # type: ignore[arg-type]  # it is checked
@@ -72,6 +78,7 @@ def judge(
 ) -> None:
     """Say what an adaptation has learnt and kept, by a network that had no part in training, in RUN/report.html."""
     say()
+    check_output(run / "report.html", "RUN", "file")
     import json
 
     from .evaluate.adapted import judge_style, judge_subject

@@ -8,6 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
+from pipelines.outputs import check_output
+
 from .says import say
 
 app = typer.Typer(help="Say what is inside a data set or a pipeline folder, or draw a path.", no_args_is_help=True)
@@ -25,6 +27,7 @@ def inspect_data(
     from .schema import Data
 
     say()
+    check_output(out, "--out", "file")
     config: Any
     if source.endswith((".yaml", ".yml")):
         from .config import load
@@ -73,6 +76,7 @@ def inspect_path(
     from .fit import ConfigError
     from .schema import DiffusionConfig
 
+    check_output(out, "--out", "file")
     files = [c for c in configs if "=" not in c]
     if len(files) != 1:
         raise ConfigError(f"inspect path: expected one config file, got {len(files)}")

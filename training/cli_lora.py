@@ -43,6 +43,7 @@ def merge(
 ) -> None:
     """Merge LoRA into a model's weights, or several into one LoRA."""
     say()
+    _check_out(out, base is not None)
     from pipelines.lora import tools
 
     if base is None:
@@ -73,6 +74,7 @@ def extract(
 ) -> None:
     """Make a LoRA of what a fine-tuned model has learned."""
     say()
+    _check_out(out)
     from rich.console import Console
     from rich.progress import Progress
 
@@ -110,6 +112,7 @@ def resize(
 ) -> None:
     """Bring a LoRA to a lower rank, losing as little as can be."""
     say()
+    _check_out(out)
     from pipelines.lora import tools
 
     how: dict[str, Any] = dict(format=format, base=family, dtype=dtype, overwrite=overwrite)
@@ -131,6 +134,7 @@ def convert(
 ) -> None:
     """Write a LoRA in another form, with its ranks, alphas and metadata."""
     say()
+    _check_out(out)
     from pipelines.lora import tools
 
     how: dict[str, Any] = dict(base=family, dtype=dtype, trigger=trigger or (), same_alpha=same_alpha)
@@ -161,6 +165,13 @@ def info(
     print(f"trigger words: {', '.join(found.triggers) or 'none told'}")
     for key, value in sorted(found.metadata.items()) if metadata else ():
         print(f"{key}: {value}")
+
+
+def _check_out(out: Path, folder: bool = False) -> None:
+    """Refuse a target that cannot be written: a pipeline folder, a .safetensors file, or a folder for one."""
+    from pipelines.outputs import check_output
+
+    check_output(out, "--out", "file" if out.suffix == ".safetensors" and not folder else "folder")
 
 
 def _counted(numbers: dict[Any, int]) -> str:

@@ -14,6 +14,8 @@ from typing import Any
 
 import yaml
 
+from pipelines.outputs import check_output
+
 from .config import dump
 from .fit import ConfigError, check_together, side_step
 from .schema import AdaptConfig, AutoencoderConfig, ClipConfig, Config, DiffusionConfig, LatentRun
@@ -35,6 +37,9 @@ FREE = {"cache.dir", "cache.prune", "data.storage_options", "data.shard_cache", 
 def check_folder(config: Config) -> None:
     """Raises ConfigError where ``output_dir`` holds another run or other files."""
     run = Path(config.output_dir)
+    check_output(run, "output_dir", "folder")
+    if isinstance(config, LatentRun) and config.cache.dir:
+        check_output(config.cache.dir, "cache.dir", "folder")
     if not run.exists():
         return
     written = run / "config.yaml"
