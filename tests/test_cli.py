@@ -230,7 +230,7 @@ def test_an_output_folder_of_another_kind_is_refused_and_untouched(ldm: Callable
     (other / "letter.txt").unlink()
     other.rmdir()
     other.write_text("a file")
-    refused(ldm("train", place / "clip.yaml"), str(other), "holds no run")
+    refused(ldm("train", place / "clip.yaml"), str(other), "is a file, and a folder is needed")
     other.unlink()
     other.mkdir()
     (other / "letter.txt").write_text("dear diary")

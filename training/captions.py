@@ -72,7 +72,8 @@ class Lengths:
     examples: tuple[str, ...]
 
     def __str__(self) -> str:
-        return f"{self.long} of {self.texts} captions have more than {self.limit} tokens, the longest {self.longest}"
+        have = "has" if self.long == 1 else "have"
+        return f"{self.long} of {self.texts} captions {have} more than {self.limit} tokens, the longest {self.longest}"
 
 
 def lengths(texts: Iterable[str], count: Count, limit: int, examples: int = 5) -> Lengths:

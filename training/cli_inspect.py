@@ -49,8 +49,9 @@ def inspect_data(
 
 
 @app.command("model")
-def inspect_model(folder: str) -> None:
-    """Parts, sizes and schedule of a pipeline folder."""
+def inspect_model(folder: Annotated[str, typer.Argument(help="Pipeline folder.")]) -> None:
+    """Show the parts, sizes and schedule of a pipeline folder."""
+    say()
     from pipelines.folder import load_parts
 
     parts = load_parts(folder)
@@ -62,13 +63,15 @@ def inspect_model(folder: str) -> None:
         f"schedule: {type(s.path).__name__}, {type(s.prediction).__name__}, {s.sampler} on {s.spacing}, shift {s.shift}"
     )
     height, width = parts.size
-    print(f"pictures: {width}x{height}, latents of {parts.channels} channels, {parts.vae.latent_scale}")
+    scale = parts.vae.latent_scale
+    shift = f", shift {scale.shift:.4g}" if scale.shift else ""
+    print(f"pictures: {width}x{height}, latents of {parts.channels} channels, scale {scale.scale:.4g}{shift}")
 
 
 @app.command("path")
 def inspect_path(
     configs: Configs,
-    picture: Annotated[Path | None, typer.Option(help="Picture to drown in noise; a drawn one if left out.")] = None,
+    picture: Annotated[Path | None, typer.Option(help="Picture to add noise to. Default: a test chart.")] = None,
     out: Annotated[Path, typer.Option("-o", "--out", help="Picture file to write.")] = Path("path.png"),
 ) -> None:
     """Draw a diffusion config's alpha, sigma, log-SNR and beta, and a picture on its way to noise."""

@@ -212,7 +212,7 @@ class _Telling:
         side, shapes = self.config.data.resolution, train.shapes
         cut = f"{side} px" if len(shapes) == 1 else f"{len(shapes)} shapes of about {side} x {side} px"
         known = "streamed" if isinstance(train, IterableDataset) else f"{len(train):,}"
-        return f"{known} to train on, {len(test):,} held out, {cut}"
+        return f"{known} to train on, {held_out_rows(self.config, train, test)}, {cut}"
 
     def _step(self, rehearsal: Rehearsal, flops: int) -> str:
         train = self.config.train
@@ -359,3 +359,11 @@ def _duration(seconds: float) -> str:
     if seconds < 100:
         return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
+def held_out_rows(config: Config, train: Any, test: Any) -> str:
+    """``12 held out``, or that validation uses the training rows (``data.held_out: 0``)."""
+    streamed = isinstance(train, IterableDataset)
+    if not config.data.held_out and not streamed and train.fingerprint == test.fingerprint:
+        return "validated on the same"
+    return f"{len(test):,} held out"

@@ -218,7 +218,7 @@ def train_one(
     from .card import write_card
     from .evaluate.report import write_report
     from .mirror import Mirror
-    from .preflight import precision
+    from .preflight import held_out_rows, precision
     from .sizes import network_of
 
     run, start = Path(config.output_dir), time.perf_counter()
@@ -234,8 +234,8 @@ def train_one(
         processes.check_shared(Path(config.cache.dir), "cache.dir", accelerator)
     if main:
         log.info(
-            "%s: %s on %s (%d held out), %s%s, %s",
-            run, config.task, "a stream" if config.data.streaming else f"{len(train_rows)} pictures", len(test_rows),
+            "%s: %s on %s (%s), %s%s, %s",
+            run, config.task, "a stream" if config.data.streaming else f"{len(train_rows)} pictures", held_out_rows(config, train_rows, test_rows),
             f"{world} processes, " if world > 1 else "", accelerator.device, mixed if mixed != "no" else "float32",
         )  # fmt: skip
     task = build(config, train_rows, test_rows, run, accelerator)
