@@ -14,7 +14,7 @@ from . import cli_adapt, cli_app, cli_sample
 from .cli_evaluate import evaluate
 from .cli_inspect import app as inspect_app
 from .cli_lora import app as lora_app
-from .says import say
+from .says import quiet_libraries, say
 
 app = typer.Typer(
     name="ldm",
@@ -37,6 +37,7 @@ Out = Annotated[Path | None, typer.Option(help="Folder for the runs; replaces th
 def main() -> None:
     """Run the command line. What the user got wrong is one message and exit code 2, not a traceback; where another
     process was lost the code is 70."""
+    quiet_libraries()
     try:
         app()
     except (ValueError, OSError, RuntimeError) as error:
