@@ -362,5 +362,5 @@ def test_a_run_is_a_model_and_its_card_says_the_defaults(ldm: Ldm, pipeline: Pat
     (run / "pipeline" / "README.md").write_text(card.format("many", -1))
     assert sampling_defaults(run, (50, 7.5)) == (50, 7.5)  # what is no number counts for nothing
     (small / "config.yaml").write_text(f"task: adapt\nbase: {tmp_path}/gone\n")
-    with pytest.raises(ValueError, match="its base .*gone is not here"):
+    with pytest.raises(ValueError, match=r"its base .*gone is not here"):
         model_of(small)

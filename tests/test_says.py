@@ -16,12 +16,9 @@ NOISE = """
 from training.says import say
 say()
 import logging
-from transformers import CLIPImageProcessor, pipelines  # asks for torchvision
-import diffusers
-from diffusers import StableDiffusionPipeline
+from transformers import CLIPImageProcessor  # asks for torchvision
 logging.getLogger("bitsandbytes.backends.cpu.ops").warning("Failed to load CPU gemm_4bit_forward")
 logging.getLogger("DeepSpeed").warning("no accelerator")
-import bitsandbytes
 """
 
 

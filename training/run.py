@@ -235,8 +235,9 @@ def train_one(
     if main:
         log.info(
             "%s: %s on %s (%s), %s%s, %s",
-            run, config.task, "a stream" if config.data.streaming else f"{len(train_rows)} pictures", held_out_rows(config, train_rows, test_rows),
-            f"{world} processes, " if world > 1 else "", accelerator.device, mixed if mixed != "no" else "float32",
+            run, config.task, "a stream" if config.data.streaming else f"{len(train_rows)} pictures",
+            held_out_rows(config, train_rows, test_rows), f"{world} processes, " if world > 1 else "",
+            accelerator.device, mixed if mixed != "no" else "float32",
         )  # fmt: skip
     task = build(config, train_rows, test_rows, run, accelerator)
     if main:  # not before: a config that cannot be built leaves the folder free for a better one

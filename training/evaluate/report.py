@@ -133,14 +133,8 @@ def _run_section(folder: Path) -> list[str]:
     curves = _curves(rows)
     if curves:
         images = rows[-1]["images"]
-        parts.append(f'<p class="soft">{images:,} images seen; ' + html.escape(_last(curves)) + "</p>")
-        parts += ['<div class="curves">', *_plots(curves), "</div>"]
-    else:
-        parts.append('<p class="soft">No log/metrics.jsonl with numbers in it.</p>')
-    if broken:
-        parts.append(
-            f'<p class="soft">{broken} {"line" if broken == 1 else "lines"} of log/metrics.jsonl could not be read.</p>'
-        )
+        lines = "line" if broken == 1 else "lines"
+        parts.append(f'<p class="soft">{broken} {lines} of log/metrics.jsonl could not be read.</p>')
     kinds: dict[str, list[Path]] = {}
     for file in sorted((folder / "samples").glob("*.png")):
         kinds.setdefault(file.stem.rstrip("0123456789").rstrip("_"), []).append(file)
