@@ -327,7 +327,7 @@ def test_inspect_path(ldm: Callable[..., Said], place: Path, tmp_path: Path) -> 
 def test_inspect_model(ldm: Callable[..., Said], pipeline: Path, place: Path) -> None:
     said = ldm("inspect", "model", pipeline)
     assert said.code == 0, said
-    for word in ("UNet", "VAE", "RectifiedFlow", "Flow", "16x16", "4 channels", "scale=0.7"):
+    for word in ("UNet", "VAE", "RectifiedFlow", "Flow", "16x16", "4 channels", "scale 0.7"):
         assert word in said.out, word
     refused(ldm("inspect", "model", place / "data"), "model_index.json", "no pipeline folder")
 

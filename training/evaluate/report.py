@@ -133,6 +133,11 @@ def _run_section(folder: Path) -> list[str]:
     curves = _curves(rows)
     if curves:
         images = rows[-1]["images"]
+        parts.append(f'<p class="soft">{images:,} images seen; ' + html.escape(_last(curves)) + "</p>")
+        parts += ['<div class="curves">', *_plots(curves), "</div>"]
+    else:
+        parts.append('<p class="soft">No log/metrics.jsonl with numbers in it.</p>')
+    if broken:
         lines = "line" if broken == 1 else "lines"
         parts.append(f'<p class="soft">{broken} {lines} of log/metrics.jsonl could not be read.</p>')
     kinds: dict[str, list[Path]] = {}
