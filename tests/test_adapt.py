@@ -15,7 +15,7 @@ from diffusers import DiffusionPipeline
 from safetensors.torch import load_file
 
 from ldm.paths import DiscreteVP
-from tests import adapting
+from tests import adapting, families
 from tests.adapting import base, config, drawn, stock, trained
 from training import base as base_module
 from training.base import base_of, times_of
@@ -63,6 +63,17 @@ def test_the_whole_denoiser_learns_and_the_trainers_picture_is_the_users(family:
     after.set_progress_bar_config(disable=True)
     torch.testing.assert_close(drawn(after, spied["prompts"], **more), spied["pictures"], atol=1e-4, rtol=0)
     assert not torch.allclose(drawn(before, spied["prompts"], **more), spied["pictures"], atol=1e-3)
+
+
+@pytest.mark.parametrize("trains", [{}, {"train_denoiser": False, "train_text_encoder": True}])
+def test_what_was_frozen_in_half_precision_is_exported_as_the_base_has_it(trains: dict, root: Path) -> None:
+    """Stock opens each part in its stored dtype, and cannot call a float32 network with bf16 text."""
+    run = trained("sd3", root, f"frozen_{len(trains)}", base_dtype="bf16", train={"mixed_precision": "bf16"}, **trains)
+    before, after = stock("sd3"), DiffusionPipeline.from_pretrained(run / "pipeline")
+    for name in ["text_encoder", "text_encoder_2"] if not trains else ["transformer"]:
+        for key, value in _weights(before, name).items():
+            assert torch.equal(_weights(after, name)[key], value), (name, key)
+    assert drawn(families.quiet(after), ["a red box"]).isfinite().all()
 
 
 @pytest.mark.parametrize("family", ["sd", "sdxl", "sd3", "pixart alpha"])

@@ -16,6 +16,7 @@ from training import checkpoint, guards
 from training.clock import ImageClock
 from training.gradients import OutOfMemory, is_out_of_memory
 from training.guards import Diverged, Watchman
+from training.loader import LostWorker
 from training.loop import Interrupted, train
 from training.optim import Guarded
 from training.schema.optim import AdamW
@@ -373,6 +374,17 @@ def test_a_worker_that_is_lost_ends_the_run(how: str, tmp_path: Path):
         go(tmp_path, rows=Fatal(how), config={"num_workers": 1, "timeout_minutes": 0.02})
     assert time.monotonic() - before < 20
     assert [checkpoint.images_of(p) for p in checkpoint.listed(tmp_path / "checkpoints")] == [24]
+
+
+def test_a_worker_whose_death_is_noticed_in_the_step_is_named(tmp_path: Path):
+    """torch's signal handler raises it wherever the process is; here, where the loss is computed."""
+
+    def die(images: int) -> None:
+        if images == 32:
+            raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
+
+    with pytest.raises(LostWorker, match=r"train\.num_workers 1: .*died or hung .*killed by signal"):
+        go(tmp_path, act=die, config={"num_workers": 1})
 
 
 def test_a_signal_to_the_whole_group_spares_the_loaders_workers(tmp_path: Path):

@@ -28,5 +28,14 @@ def test_streams_at_different_places_go_on_with_as_many():
         _feed(FOLDER, state, 0, 3)
 
 
+def test_readers_of_lanes_go_on_with_any_number():
+    """The states of all readers go to each, which merges them; as many readers have their own."""
+    feeds = [{"workers": 1, "turn": 0, "states": [{"batches": n, "places": {}}]} for n in (5, 6)]
+    state, readers = {"world": 2, "feeds": feeds}, [feed["states"][0] for feed in feeds]
+    together = {"workers": None, "turn": 0, "states": [readers]}
+    assert _feed(FOLDER, state, 0, 3) == together
+    assert _feed(FOLDER, state, 1, 2) == {**feeds[1], "together": together}
+
+
 def test_rows_by_number_have_no_place():
     assert _feed(FOLDER, {"world": 2, "feeds": [{}, {}]}, 0, 3) is None

@@ -64,7 +64,8 @@ def test_a_fresh_machine_goes_on_from_the_mirror(proxy: CuttingProxy, tmp_path: 
     shutil.rmtree(tmp_path / "run")
     run = tmp_path / "elsewhere" / "run"
     restored = Mirror(URL, run).restore("task: toy")
-    assert restored == run / "checkpoints" / last.name and (restored / MANIFEST).read_bytes() == hashes
+    assert restored is not None and restored == run / "checkpoints" / last.name
+    assert (restored / MANIFEST).read_bytes() == hashes
     assert (run / "config.yaml").read_text() == "task: toy"
     assert [x.name for x in (run / "checkpoints").iterdir()] == [last.name]
     task = go(run, config={"mirror": URL})

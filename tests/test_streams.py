@@ -225,6 +225,9 @@ def test_another_data_set_is_refused(place: Path):
     for other in (stream(place / "parquet"), stream(place / "tar", seed=4), stream(place / "tar", batch=2)):
         with pytest.raises(DataError, match="not those that the stream was saved with"):
             other.load_state_dict(state)
+    earlier = {k: v for k, v in state.items() if k != "places"} | {"queues": {}}
+    with pytest.raises(DataError, match="saved by an earlier version"):
+        stream(place / "tar").load_state_dict(earlier)
 
 
 def test_held_out_files_are_not_streamed(tmp_path: Path):

@@ -27,11 +27,11 @@ from training.batches import Stream, to_unit
 from training.cache import make_cache
 from training.checkpoint import CheckpointError, listed
 from training.cli import main
-from training.config import load, parse
+from training.config import dump, load, parse
 from training.data import DataError
 from training.evaluate.grids import picture_grid
 from training.fit import ConfigError
-from training.run import build, inputs_of, is_done, open_data, train_all
+from training.run import build, check_folder, inputs_of, is_done, open_data, train_all
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +46,18 @@ def test_another_config_in_the_same_folder_is_refused_by_key(made: Made) -> None
     raw = made.variant("unet", made.run("unet"), optimizer__learning_rate=1e-5)
     with pytest.raises(ConfigError, match=r"optimizer\.learning_rate: 0\.003 there, 1e-05 here"):
         train_all([parse(raw, "unet")])
+
+
+def test_a_run_begun_before_a_key_was_there_has_its_default(made: Made, tmp_path: Path) -> None:
+    config = parse(made.variant("unet", tmp_path / "old"), "unet")
+    old = yaml.safe_load(dump(config))
+    del old["train"]["allow_tf32"], old["seed"]
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "config.yaml").write_text(yaml.safe_dump(old))
+    check_folder(config)
+    (tmp_path / "old" / "config.yaml").write_text(yaml.safe_dump({**old, "gone": 1}))
+    with pytest.raises(ConfigError, match="gone: 1 there, None here"):
+        check_folder(config)
 
 
 def test_data_of_all_stages_is_opened_before_the_first_trains(

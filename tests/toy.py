@@ -74,6 +74,8 @@ class Flow(IterableDataset):
 class Toy:
     """A linear autoencoder and, from image 24 on, a critic. ``act`` is called with the images seen so far."""
 
+    gathers = False  # in the loss, as CLIP's
+
     def __init__(
         self,
         accelerator: Accelerator,

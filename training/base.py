@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from pipelines.hub import hub_error
 from pipelines.precision import DTYPES
@@ -121,6 +122,16 @@ class Base:
         settings = text_settings(self.form, self.bare, self.index)
         with quiet_transformers():
             return TextEncoder.from_pretrained(self.folder, self.family, dtype=dtype, variant=self.variant, **settings)
+
+    def restore_frozen(self, net: Network, text: TextEncoder) -> None:
+        """Give networks that do not train, and that a run holds in half precision, the base's own weights
+        in float32: stock's pipelines open each part in its stored dtype, and do not mix two."""
+        if _frozen_half(net):
+            net.float().load_state_dict(self.open_net(torch.float32).state_dict())
+        half = {name: tower for name, (_, tower) in text.towers().items() if _frozen_half(tower)}
+        stored = self.open_text(torch.float32).towers() if half else {}
+        for name, tower in half.items():
+            tower.float().load_state_dict(stored[name][1].state_dict())
 
     def blank(self) -> Network:
         """The denoiser with no weights of its own."""
@@ -357,3 +368,10 @@ def _check(config: AdaptConfig, base: Base) -> None:
             f"data.resolution {size}: the base has positions for {most * base.factor * base.net['patch_size']} px at "
             "most"
         )
+
+
+def _frozen_half(module: nn.Module) -> bool:
+    """Quantized weights are not: they have no floating point dtype."""
+    parameters = list(module.parameters())
+    half = any(p.dtype in (torch.float16, torch.bfloat16) for p in parameters)
+    return half and not any(p.requires_grad or not p.is_floating_point() for p in parameters)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch._inductor.config as inductor
@@ -44,7 +45,8 @@ def kernels(train: Train, sizes: int) -> Iterator[None]:
         sizes: how many sizes of pictures the batches have. Of one, cuDNN tries its algorithms at the
             first step and takes the fastest; with several it would try again at each.
     """
-    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    matmul: Any = torch.backends.cuda.matmul
+    cudnn: Any = torch.backends.cudnn  # a module whose flags are properties
     strict = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     flags = cudnn.deterministic, cudnn.benchmark, inductor.deterministic

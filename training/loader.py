@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Iterator
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -16,6 +17,10 @@ from .guards import bear_one_signal
 from .schema import Train
 
 Batch = dict[str, Tensor]
+
+
+class LostWorker(RuntimeError):
+    """A process that loads the data died or hung."""
 
 
 class Feed:
@@ -47,6 +52,7 @@ class Feed:
             "pin_memory": self.device.type == "cuda",
             "generator": torch.Generator(),  # its own: a loader draws a seed as it starts, and ours must not move
         }
+        self.source: Any = None  # the loader's iterator, once it runs
         self.stream = isinstance(rows, IterableDataset)
         self.told: dict[str, Any] = {}
         if not self.stream:
@@ -80,9 +86,9 @@ class Feed:
         """Closing it ends the loader's processes.
 
         Raises:
-            RuntimeError: a worker was killed, or gave nothing within ``train.timeout_minutes``.
+            LostWorker: a worker was killed, or gave nothing within ``train.timeout_minutes``.
         """
-        source: Any = iter(self.loader)
+        self.source = source = iter(self.loader)
         try:
             yield from self._moved(source)
         finally:
@@ -98,12 +104,7 @@ class Feed:
             except (RuntimeError, ConnectionError, EOFError) as error:  # the last two: it died as it handed over
                 if isinstance(error, RuntimeError) and "DataLoader" not in str(error):  # the rows' own
                     raise
-                codes = [worker.exitcode for worker in getattr(source, "_workers", ())]
-                raise RuntimeError(
-                    f"train.num_workers {self.workers}: a process that loads the data died or hung ({error}; exit "
-                    f"codes {codes}); "
-                    "the last checkpoint is whole: start the same command again, with fewer workers if memory ran out"
-                ) from error
+                raise self._lost(error) from error
             if self.stream:
                 batch, worker, state = batch
                 self.told["states"][worker] = state
@@ -112,6 +113,25 @@ class Feed:
                 k: v.to(self.device, non_blocking=True) if isinstance(v, Tensor) and k != "row" else v
                 for k, v in batch.items()
             }
+
+    @contextmanager
+    def naming_lost_workers(self) -> Iterator[None]:
+        """Within this context a worker's death is a ``LostWorker`` wherever it is noticed: torch raises it from a
+        signal handler, in whatever line the process then is."""
+        try:
+            yield
+        except RuntimeError as error:
+            if isinstance(error, LostWorker) or "DataLoader worker" not in str(error):
+                raise
+            raise self._lost(error) from error
+
+    def _lost(self, error: Exception) -> LostWorker:
+        codes = [worker.exitcode for worker in getattr(self.source, "_workers", ())]
+        return LostWorker(
+            f"train.num_workers {self.workers}: a process that loads the data died or hung ({error}; exit "
+            f"codes {codes}); the last checkpoint is whole: start the same command again, with fewer workers if "
+            "memory ran out"
+        )
 
 
 class _Telling(IterableDataset):

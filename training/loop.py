@@ -122,6 +122,7 @@ def train(
         Diverged: too many steps in a row without a finite gradient or with a spike; the rows are named.
         OutOfMemory: a step does not fit; what would fit is named.
         CheckpointError: the checkpoint is damaged or belongs to other inputs.
+        LostWorker: a process that loads the data died or hung.
         LostProcess: another process is dead or stuck, and which.
         OSError: a checkpoint cannot be written; the older ones are whole.
     """
@@ -169,6 +170,7 @@ def train(
         Pulse(run / "log", accelerator, 60 * config.timeout_minutes).beating() as pulse,
         _leaving_together(pulse),
         closing(saver),
+        feed.naming_lost_workers(),
         closing(feed.batches()) as batches,
         journal.progress(config.images, now.images) as show,
     ):

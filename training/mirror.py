@@ -128,7 +128,7 @@ class Mirror:
         old = [x for x in names if int(x[7:]) > int(name[7:])]
         kept = [Path(x) for x in names if x not in old]
         best = self._best()
-        for gone in [*old, *(x.name for x in superfluous(kept, keep, best and Path(best)))]:
+        for gone in [*old, *(x.name for x in superfluous(kept, keep, Path(best) if best else None))]:
             self._remove(f"{gone}/{MANIFEST}")
             retried(f"{self.url}/{gone}", lambda gone=gone: self._fs.rm(f"{self._path}/{gone}", recursive=True))
 

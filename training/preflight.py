@@ -181,7 +181,8 @@ class _Telling:
         if lacking := [name for name in _parts(config) if Path(name).resolve() in {Path(m).resolve() for m in missing}]:
             add("not rehearsed", f"{lacking[0]}, on which it builds, is not made")
             return None
-        with device.kernels(config.train, len(self.rows[0].shapes)):
+        shapes: Any = self.rows[0].shapes  # type: ignore[attr-defined]
+        with device.kernels(config.train, len(shapes)):
             rehearsal = rehearse(inner, *self.rows, self.accelerator)
         add("a step", self._step(rehearsal, flops))
         add("memory, measured", f"{_bytes(rehearsal.memory)} at most, with everything that the run does")

@@ -16,7 +16,7 @@ import yaml
 
 from pipelines.outputs import check_output
 
-from .config import dump
+from .config import dump, parse
 from .fit import ConfigError, check_together, side_step
 from .schema import AdaptConfig, AutoencoderConfig, ClipConfig, Config, DiffusionConfig, LatentRun
 
@@ -46,12 +46,21 @@ def check_folder(config: Config) -> None:
     if not run.is_dir() or (not written.is_file() and any(x.name not in BESIDE for x in run.iterdir())):
         raise ConfigError(f"{run}: is there and holds no run (no config.yaml); choose another output_dir")
     if written.is_file():
-        differing = _differences(yaml.safe_load(written.read_text()), yaml.safe_load(dump(config)))
+        differing = _differences(_with_defaults(written.read_text(encoding="utf-8")), yaml.safe_load(dump(config)))
         if differing:
             raise ConfigError(
                 f"{run}: holds a run of another config ({'; '.join(differing[:3])}); choose another output_dir, "
                 "or delete the folder to train anew"
             )
+
+
+def _with_defaults(text: str) -> Any:
+    """A run's config.yaml, with the defaults of keys that were not there yet when it began."""
+    raw = yaml.safe_load(text)
+    try:
+        return yaml.safe_load(dump(parse(raw, "config.yaml")))
+    except ConfigError:  # of a version that had other keys: what differs is named
+        return raw
 
 
 def _differences(old: Any, new: Any, key: str = "") -> list[str]:
@@ -78,7 +87,7 @@ def _restore(config: Config, resume: str | Path) -> None:
     if resume == "never" and (names := mirror.names()):
         raise ConfigError(f"train.mirror {url}: holds {names[-1]}, and --resume never was asked for; choose another")
     there = mirror.config()
-    differing = _differences(yaml.safe_load(there), yaml.safe_load(dump(config))) if there else []
+    differing = _differences(_with_defaults(there), yaml.safe_load(dump(config))) if there else []
     differing = [x for x in differing if not x.startswith("output_dir:")]
     if differing:
         raise ConfigError(

@@ -151,9 +151,14 @@ class RowStream(IterableDataset):
         """Go on from a reader's own state, or from the states of all readers, whose number may differ.
 
         Raises:
-            DataError: a state of another data set.
+            DataError: a state of another data set, or of an earlier version of this package.
         """
         states = state if isinstance(state, list) else [state]
+        if any("places" not in x for x in states):
+            raise DataError(
+                "data: the stream was saved by an earlier version, which read its files in another order; go on with "
+                "that version, or train anew in another output_dir"
+            )
         if any(x["fingerprint"] != self.fingerprint for x in states):
             raise DataError(
                 "data: the files, buckets, batch size or seed are not those that the stream was saved with; train "

@@ -56,6 +56,8 @@ PATCHES: dict[str, tuple[Any, str]] = {
     "device_count": (lambda: 1, ANSWER),
     "current_device": (lambda: 0, ANSWER),
     "set_device": (lambda device: None, NOTHING),
+    "_exchange_device": (lambda index: 0, "`with torch.cuda.device(…)` calls it"),
+    "_maybe_exchange_device": (lambda index: 0, "the same context calls it at its end"),
     "get_device_name": (lambda device=None: NAME, ANSWER),
     "get_device_capability": (lambda device=None: (9, 0), ANSWER),
     "get_device_properties": (lambda device=None: Properties(), ANSWER),

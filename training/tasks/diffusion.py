@@ -269,6 +269,8 @@ class DiffusionTask:
             if isinstance(config, AdaptConfig) and not config.whole:
                 write_adapter(config, self.run / "adapter", self.net, self.text, self.base)
             else:
+                if isinstance(config, AdaptConfig):
+                    self.base.restore_frozen(self.net, self.encoders.text)
                 save_parts(self.run / "pipeline", self.parts)
         self.encoders.free(**self.cached)
 
