@@ -9,7 +9,10 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ldm.extras import pip_install
+
 from .app_guard import Guard, check_address, is_loopback
+from .outputs import check_output
 
 if TYPE_CHECKING:
     from .app_draw import Studio
@@ -105,6 +108,7 @@ def serve(
 def ready(out: Path, host: str = "127.0.0.1", password: str | None = None, no_password: bool = False) -> Any:
     """gradio, told to keep to ``out``, after all checks that need no model. Raises what ``serve`` raises."""
     check_address(host, password, no_password)
+    check_output(out, "--out", "folder")
     temp = (out / "temp").resolve()
     temp.mkdir(parents=True, exist_ok=True)
     os.environ["GRADIO_TEMP_DIR"] = str(temp)  # uploads, and copies of what is shown; read when gradio is imported
@@ -113,7 +117,7 @@ def ready(out: Path, host: str = "127.0.0.1", password: str | None = None, no_pa
     try:
         import gradio
     except ImportError as error:
-        raise ValueError(f"the page needs gradio ({error}): pip install -e '.[app]'") from error
+        raise ValueError(f"the page needs gradio ({error}): {pip_install('gradio')}") from error
     return gradio
 
 

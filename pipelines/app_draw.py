@@ -6,7 +6,7 @@ import queue
 import secrets
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,8 @@ from torch import Tensor
 from ldm.sampling import SAMPLERS
 
 from .app_settings import LONG_PROMPT, Limits, Settings
+from .card_defaults import sampling_defaults
+from .outputs import write_or_keep
 from .picture_files import save_png
 from .precision import dtype_name
 from .preview import LinearPreview, fit_preview
@@ -42,7 +44,9 @@ class Studio:
     Args:
         pictures: folder to write to, made where it is not there.
         loras: name -> file or folder.
-        model: what the PNG files call it.
+        model: its folder or hub name, as the PNG files say it; its card says the steps and guidance to start with.
+        chosen: name in ``loras`` that the form starts with, and whose card comes first.
+        embeddings: files of new tokens that ``pipe`` has loaded, for the PNG files.
         max_side, max_pictures: of one request.
     """
 
@@ -53,6 +57,8 @@ class Studio:
         loras: Mapping[str, Path] | None = None,
         *,
         model: str | None = None,
+        chosen: str = "",
+        embeddings: Sequence[str] = (),
         max_side: int = 2048,
         max_pictures: int = 8,
     ):
@@ -62,7 +68,9 @@ class Studio:
             pipe.vae.factor, tuple(SAMPLERS), tuple(self.loras), max_side=max_side, max_pictures=max_pictures
         )
         self.preview: LinearPreview = fit_preview(pipe.vae)
-        self.steps, self.guidance = pipe.defaults[pipe.text.family]
+        self.chosen, self.embeddings = chosen, list(embeddings)
+        adapters = [*([self.loras[chosen]] if chosen else []), *embeddings]
+        self.steps, self.guidance = sampling_defaults(model or "", pipe.defaults[pipe.text.family], adapters)
         self.size = pipe.parts.size  # height, width
         self._loaded: dict[str, str] = {}
         self._one_at_a_time = threading.Lock()
@@ -183,8 +191,8 @@ class Studio:
         name = f"{time.strftime('%Y%m%d_%H%M%S')}_{settings.seed}_{secrets.token_hex(4)}.png"
         path = self.pictures / name
         written = {"dtype": dtype_name(self.pipe.net.dtype), **settings.written()}
-        save_png(picture, path, {"model": self.model, **written})
-        return path, settings
+        stored = {"model": self.model, "embeddings": self.embeddings or None, **written}
+        return write_or_keep(path, lambda file: save_png(picture, file, stored), suffix=".png"), settings
 
 
 def told_last(told: Step | BaseException) -> bool:

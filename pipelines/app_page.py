@@ -72,7 +72,7 @@ def build(studio: Studio, *, title: str = "", waiting: int = 8) -> gr.Blocks:
                     with gr.Row():
                         own = ("default", "")  # what the folder's scheduler stands for
                         sampler = gr.Dropdown([own, *limits.samplers], value="", label="Sampler", min_width=120)
-                        steps = _whole("Steps", min(studio.steps, 30), "steps")
+                        steps = _whole("Steps", studio.steps, "steps")
                         guidance = gr.Number(
                             studio.guidance, label="Guidance", step=0.5, min_width=80, elem_id="guidance"
                         )
@@ -88,7 +88,7 @@ def build(studio: Studio, *, title: str = "", waiting: int = 8) -> gr.Blocks:
                         label="Weights: (word:1.3) counts more, [word] less",
                         elem_id="weighting",
                     )
-                lora_fields = _lora_fields(limits.loras)
+                lora_fields = _lora_fields(limits.loras, studio.chosen)
                 with gr.Accordion("Repeat a picture", open=False):
                     again = gr.File(
                         label="A PNG from here fills the fields",
@@ -161,14 +161,16 @@ def _strength(name: str, value: float = 0.6) -> gr.Slider:
     return gr.Slider(0.05, 1.0, value, step=0.05, label="Strength: how much changes", elem_id=f"strength_{name}")
 
 
-def _lora_fields(names: Sequence[str]) -> list[Any]:
-    """Name and weight, in turns, for as many LoRA as can act together."""
+def _lora_fields(names: Sequence[str], chosen: str) -> list[Any]:
+    """Name and weight, in turns, for as many LoRA as can act together; the first starts as ``chosen``."""
     fields = []
     if names:
-        with gr.Accordion("LoRA", open=False):
+        with gr.Accordion("LoRA", open=bool(chosen)):
             for i in range(min(SLOTS, len(names))):
                 with gr.Row():
-                    fields.append(gr.Dropdown(["", *names], value="", label=f"LoRA {i + 1}", elem_id=f"lora_{i}"))
+                    fields.append(
+                        gr.Dropdown(["", *names], value="" if i else chosen, label=f"LoRA {i + 1}", elem_id=f"lora_{i}")
+                    )
                     fields.append(gr.Slider(-2, 2, 1.0, step=0.05, label="Weight", elem_id=f"weight_{i}"))
     return fields
 

@@ -25,6 +25,7 @@ from .call import SAMPLING, More, OnStepEnd, Prompts, check_more, given, sized
 from .conditions import start
 from .core import Generators, Parts, decode, sample_latents, steps_walked
 from .folder import load_parts, save_parts
+from .hub import hub_error
 from .lora.mixin import LoraMixin
 from .schedulers import Schedule
 from .stock import from_stock_pipeline
@@ -105,7 +106,7 @@ class LatentPipeline(LoraMixin, DiffusionPipeline):
             try:
                 folder = Path(DiffusionPipeline.download(name, use_safetensors=True, variant=variant, **hub))
             except (OSError, ValueError) as error:
-                raise ValueError(f"{name}: no such folder, and not opened as a name on the hub ({error})") from error
+                raise ValueError(f"{name}: no such folder, and {hub_error(error)}") from error
         return cls.from_parts(load_parts(folder, dtype, variant=variant, t5=t5, load_in_8bit=load_in_8bit))
 
     @classmethod

@@ -12,6 +12,7 @@ from pathlib import Path
 from .convert_configs import LAYOUTS
 from .convert_in import to_folder
 from .convert_out import to_file
+from .outputs import check_output
 from .precision import DTYPES
 
 
@@ -49,6 +50,7 @@ def convert(
         raise ValueError(f"{source}: no such file or folder")
     if source == target or target in source.parents or (source in target.parents and source.is_dir()):
         raise ValueError(f"{target}: would overwrite or lie in what is converted; choose another name")
+    check_output(target, "OUT", "file" if source.is_dir() else "folder")
     chosen = None if layout is None else LAYOUTS[layout]
     kept = None if dtype is None else DTYPES[dtype]
     if source.is_dir():

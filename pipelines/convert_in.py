@@ -53,6 +53,11 @@ def to_folder(
     check_replaceable(target)
     if config is not None and not config.is_dir():
         raise ValueError(f"{config}: no such folder")
+    if config is None or not any(config.glob("tokenizer*")):  # before a large file is opened
+        raise ValueError(
+            f"{config or file}: holds no tokenizer, as no single file does; give --config FOLDER, a pipeline folder "
+            "of the same family with its tokenizers"
+        )
     source = open_checkpoint(file, allow_pickle)
     names = {renamed(name, OLD_SINGLE): name for name in source.like if not JUNK.match(name) and name not in MARKERS}
     layout = layout or recognise(file, list(names))

@@ -1,11 +1,14 @@
-"""The settings of a picture in its PNG, so that it can be drawn again: JSON under the key ``ldm``, and under
-``parameters`` the lines that A1111's web UI and the like show.
+"""The settings of a picture in its file, so that it can be drawn again.
+
+A PNG holds JSON under the key ``ldm``, and under ``parameters`` the lines that A1111's web UI and the
+like show. JPEG and WebP hold the same JSON as the EXIF field UserComment.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import struct
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -15,10 +18,14 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+log = logging.getLogger(__name__)
 KEY, LINES = "ldm", "parameters"
 LONGEST = 1 << 20  # bytes of a text chunk; a page of prompt is 4 kB
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 TEXT = (b"tEXt", b"zTXt", b"iTXt")
+EXIF = ("JPEG", "WEBP")  # formats whose settings are in EXIF
+EXIF_IFD, USER_COMMENT, ASCII = 0x8769, 0x9286, b"ASCII\0\0\0"  # EXIF 2.32, table 7 and 4.6.5
+LONGEST_EXIF = 60_000  # bytes: a JPEG segment has 65,533
 WHOLE = 1 << 26  # bytes of a file that is hashed as a whole; of a larger one PLACES blocks of 64 kB
 PLACES, BLOCK = 64, 1 << 16
 
@@ -60,47 +67,95 @@ class Settings(BaseModel):
     versions: dict[str, str] | None = None  # of what drew
 
 
+def keeps_settings(path: str | Path) -> bool:
+    """Whether ``save_picture`` can store settings in a file of this name."""
+    return _format(path) in ("PNG", *EXIF)
+
+
+def save_picture(picture: Image.Image, path: str | Path, settings: Mapping[str, Any]) -> None:
+    """Write a picture with the settings that are not None, in the format that its name says.
+
+    A format that has no place for settings (BMP, GIF …) is written without them.
+
+    Raises:
+        ValueError: no such format; a setting of another type than ``Settings`` has, or that JSON
+            cannot write.
+    """
+    kind = _format(path)
+    if kind is None:
+        raise ValueError(f"{path}: not the name of a picture file; expected .png, .jpg or .webp")
+    if kind == "PNG":
+        save_png(picture, path, settings)
+        return
+    options: dict[str, Any] = {}
+    if kind in EXIF:
+        options = {"quality": 95}
+        written = _json(settings, path)[1].encode()
+        if len(written) <= LONGEST_EXIF:
+            exif = Image.Exif()
+            exif.get_ifd(EXIF_IFD)[USER_COMMENT] = ASCII + written
+            options["exif"] = exif
+        else:
+            log.warning(
+                "%s: written without its settings, which have %s bytes, and %s holds %s; a .png has room for them",
+                path, f"{len(written):,}", kind, f"{LONGEST_EXIF:,}",
+            )  # fmt: skip
+    picture.save(path, kind, **options)
+
+
+def _format(path: str | Path) -> str | None:
+    """Pillow's name of the format that a file's ending says; None where Pillow writes none."""
+    kind = Image.registered_extensions().get(Path(path).suffix.lower())
+    return kind if kind in Image.SAVE else None
+
+
 def save_png(picture: Image.Image, path: str | Path, settings: Mapping[str, Any]) -> None:
     """Write a PNG with the settings that are not None.
 
     Raises:
         ValueError: a setting of another type than ``Settings`` has, or that JSON cannot write.
     """
-    names = sorted(settings, key=[*Settings.model_fields, *settings].index)  # the same settings are the same bytes
-    given = {name: settings[name] for name in names if settings[name] is not None}
-    _checked(given, f"{path}: settings")
-    try:
-        written = json.dumps(given, allow_nan=False)  # all of it ASCII
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{path}: settings that JSON cannot write ({error})") from error
+    given, written = _json(settings, path)
     info = PngInfo()
     info.add_text(KEY, written)
     info.add_text(LINES, lines(given).replace("\0", "").encode("utf-8", "replace").decode())
     picture.save(path, "PNG", pnginfo=info)
 
 
+def _json(settings: Mapping[str, Any], path: str | Path) -> tuple[dict[str, Any], str]:
+    """The settings that are not None, and their JSON, which is ASCII."""
+    names = sorted(settings, key=[*Settings.model_fields, *settings].index)  # the same settings are the same bytes
+    given = {name: settings[name] for name in names if settings[name] is not None}
+    _checked(given, f"{path}: settings")
+    try:
+        return given, json.dumps(given, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: settings that JSON cannot write ({error})") from error
+
+
 def read_settings(path: str | Path) -> dict[str, Any]:
-    """What ``save_png`` wrote. Nothing but the text before the picture is read, and none of it is run.
+    """The settings that ``save_picture`` wrote. The pixels are not decoded, and nothing is run.
 
     Raises:
-        ValueError: no PNG, no settings in it, more text than settings have, no JSON, or a value of another type.
+        ValueError: no picture, no settings in it, more text than settings have, no JSON, or a value of another type.
     """
     path = Path(path).expanduser()
     if not path.is_file():
         raise ValueError(f"{path}: no such picture file")
     try:
         with path.open("rb") as file:
-            for kind, length in _chunks(file):
+            png = file.read(len(SIGNATURE)) == SIGNATURE
+            for kind, length in _chunks(file) if png else ():
                 if kind in TEXT and length > LONGEST:
                     raise ValueError(f"holds a text of {length:,} bytes; settings have at most {LONGEST:,}")
-        with Image.open(path, formats=["PNG"]) as picture:
-            found = picture.info.get(KEY)
+        with Image.open(path, formats=["PNG"] if png else EXIF) as picture:
+            found = picture.info.get(KEY) if png else _user_comment(picture)
     except (OSError, ValueError, SyntaxError, struct.error, Image.DecompressionBombError) as error:
         raise ValueError(f"{path}: no settings can be read from it: {error}") from error
     if not isinstance(found, str):
         raise ValueError(
-            f"{path}: there are no settings in it; `ldm sample` and `ldm app` write them into each PNG, but what edits "
-            "or sends pictures often drops them"
+            f"{path}: there are no settings in it; `ldm sample` and `ldm app` write them, but programs that edit or "
+            "send pictures often drop them"
         )
     try:
         given = json.loads(found)
@@ -109,6 +164,14 @@ def read_settings(path: str | Path) -> dict[str, Any]:
     if not isinstance(given, dict):
         raise ValueError(f"{path}: its settings are damaged: {_short(given)}, expected a JSON object")
     return {name: value for name, value in _checked(given, f"{path}: its settings").items() if value is not None}
+
+
+def _user_comment(picture: Image.Image) -> str | None:
+    """EXIF's UserComment where it is ours: ASCII that begins as a JSON object."""
+    comment = picture.getexif().get_ifd(EXIF_IFD).get(USER_COMMENT)
+    if not isinstance(comment, bytes) or not comment.startswith(ASCII + b"{"):
+        return None
+    return comment.removeprefix(ASCII).decode("ascii", "replace")
 
 
 def lines(settings: Mapping[str, Any]) -> str:
@@ -175,9 +238,7 @@ def digest(path: str | Path) -> str:
 
 
 def _chunks(file: BinaryIO) -> Iterator[tuple[bytes, int]]:
-    """Type and length of each of a PNG's chunks before the picture. Raises ValueError where it is none."""
-    if file.read(len(SIGNATURE)) != SIGNATURE:
-        raise ValueError("it is no PNG")
+    """Type and length of each of a PNG's chunks before the picture, behind the signature."""
     while len(head := file.read(8)) == 8:
         length, kind = struct.unpack(">I4s", head)
         yield kind, length

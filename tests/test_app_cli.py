@@ -55,7 +55,7 @@ def test_what_is_refused_before_a_model_is_opened(tmp_path: Path, monkeypatch: p
     with pytest.raises(ValueError, match="dtype fp8: expected one of fp32, bf16, fp16"):
         page(str(tmp_path / "none"), out=tmp_path / "out", dtype="fp8")
     monkeypatch.setitem(sys.modules, "gradio", None)
-    with pytest.raises(ValueError, match=r"the page needs gradio .*pip install -e '\.\[app\]'"):
+    with pytest.raises(ValueError, match=r"the page needs gradio .*: pip install 'gradio>=6.31,<7'$"):
         ready(tmp_path / "out")
 
 

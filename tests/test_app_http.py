@@ -19,6 +19,8 @@ from pipelines.picture_files import save_png
 from tests.app_served import PASSWORD, address, served, slowed
 from tests.browser import wait
 
+# The page's events by number: three that enable Cancel come before the jobs.
+DRAW, FROM_IMAGE, INPAINT, REPEAT = 3, 4, 5, 12
 API = "/gradio_api"
 
 
@@ -153,7 +155,7 @@ def test_a_job_cannot_name_a_file_that_was_not_uploaded(site: Site):
 
     def join(path: Any, **more: Any) -> int:
         image = {"path": path, "meta": {"_type": "gradio.FileData"}, **more}
-        call = {"data": [None, image], "fn_index": 1, "session_hash": uuid.uuid4().hex}
+        call = {"data": [None, image], "fn_index": FROM_IMAGE, "session_hash": uuid.uuid4().hex}
         return site.json(f"{API}/queue/join", call)[0]
 
     for path in ("/etc/hostname", "/etc/passwd", str(site.out.parent / "secret.png"), "http://127.0.0.1:1/x.png",
@@ -173,14 +175,14 @@ def test_a_picture_is_of_few_formats_and_of_bounded_size(site: Site):
         path = json.loads(site.upload("mine.png", data.getvalue())[1])[0]
         file = {"path": path, "meta": {"_type": "gradio.FileData"}}
         drawn = {"background": file, "layers": [file], "composite": None}
-        return site.refused(1, None, file, 0.5, *form), site.refused(2, None, drawn, 1.0, *form)
+        return site.refused(FROM_IMAGE, None, file, 0.5, *form), site.refused(INPAINT, None, drawn, 1.0, *form)
 
     small = Image.new("RGBA", (16, 16), "red")
     assert [refused(small, kind) for kind in ("PNG", "WEBP")] == [("", "")] * 2
     assert all("cannot be read as PNG" in x for kind in ("TIFF", "GIF") for x in refused(small, kind))
     assert all("9000 x 9000" in x for x in refused(Image.new("1", (9000, 9000)), "PNG"))
     data = {"path": None, "url": "data:image/png;base64,x", "meta": {"_type": "gradio.FileData"}}
-    assert "there is none" in site.refused(1, None, data, 0.5, *form)
+    assert "there is none" in site.refused(FROM_IMAGE, None, data, 0.5, *form)
 
 
 def test_an_editor_holds_few_drawings_of_few_layers(site: Site):
@@ -193,7 +195,7 @@ def test_an_editor_holds_few_drawings_of_few_layers(site: Site):
 
 def test_what_is_drawn_lies_in_one_place(site: Site):
     before = set(site.out.rglob("*.png"))
-    assert site.refused(0, None, "a zebra", "", "", 2, 3.0, 0, False, 16, 16, 1, False, "", 1.0) == ""
+    assert site.refused(DRAW, None, "a zebra", "", "", 2, 3.0, 0, False, 16, 16, 1, False, "", 1.0) == ""
     (new,) = set(site.out.rglob("*.png")) - before
     assert new.parent == site.studio.pictures and site.file(new)[0] == 200
 
@@ -207,7 +209,7 @@ def test_half_a_request_leaves_nothing_outside(site: Site):
 def test_what_a_png_is_refused_with_is_told_once(site: Site, tmp_path: Path):
     save_png(Image.new("RGB", (4, 4)), tmp_path / "a.png", {"prompt": "x", "num_inference_steps": 10**400})
     path = json.loads(site.upload("a.png", (tmp_path / "a.png").read_bytes())[1])[0]
-    told = site.refused(8, {"path": path, "meta": {"_type": "gradio.FileData"}}, "", 1.0)
+    told = site.refused(REPEAT, {"path": path, "meta": {"_type": "gradio.FileData"}}, "", 1.0)
     assert told.startswith("Steps: 1000") and "&" not in told
 
 
@@ -260,7 +262,7 @@ def test_a_password_is_asked_for_everywhere(tmp_path: Path):
         mine = f"{API}/file={parts[1].pictures / 'mine.png'}"
         form = {"Content_Type": "application/x-www-form-urlencoded"}
         asked = [lambda: site.ask("/config"), lambda: site.ask(mine), lambda: site.upload("x.png"),
-                 lambda: site.json(f"{API}/queue/join", {"data": [], "fn_index": 0, "session_hash": "a"}),
+                 lambda: site.json(f"{API}/queue/join", {"data": [], "fn_index": DRAW, "session_hash": "a"}),
                  lambda: site.ask(f"{API}/queue/data?session_hash=a"),
                  lambda: site.json(f"{API}/component_server", {})]  # fmt: skip
         assert [ask()[0] for ask in asked] == [401] * 6
@@ -280,7 +282,7 @@ def test_one_draws_one_waits_and_the_next_is_told_to_come_again(tmp_path: Path):
         form = ["a zebra", "", "", 200, 3.0, 0, False, 16, 16, 1, False, "", 1.0]
 
         def join() -> int:
-            call = {"data": [None, *form], "fn_index": 0, "session_hash": uuid.uuid4().hex}
+            call = {"data": [None, *form], "fn_index": DRAW, "session_hash": uuid.uuid4().hex}
             return site.json(f"{API}/queue/join", call)[0]
 
         with slowed(studio, 0.02) as calls:

@@ -178,7 +178,7 @@ def test_on_cuda_a_bias_takes_the_memory_efficient_kernel(monkeypatch):
 
 def test_auto_says_once_per_case_what_it_took(monkeypatch, caplog):
     monkeypatch.setattr(module, "_said", set())
-    caplog.set_level(logging.INFO, logger="ldm.models.attention")
+    caplog.set_level(logging.DEBUG, logger="ldm.models.attention")
     q, k, v = tensors("cross", torch.float32)
     for _ in range(3):
         attention(q, k, v)
@@ -202,7 +202,7 @@ def test_auto_says_once_per_case_what_it_took(monkeypatch, caplog):
 )
 def test_auto_gives_its_reason_on_a_gpu(monkeypatch, caplog, dtype, biased, reason):
     monkeypatch.setattr(module, "_said", set())
-    caplog.set_level(logging.INFO, logger="ldm.models.attention")
+    caplog.set_level(logging.DEBUG, logger="ldm.models.attention")
     assert [module._auto("cuda", dtype, biased) for _ in range(2)] == ["sdpa", "sdpa"]
     assert len(caplog.messages) == 1 and reason in caplog.messages[0]
 
@@ -211,7 +211,7 @@ def test_auto_gives_its_reason_on_a_gpu(monkeypatch, caplog, dtype, biased, reas
 def test_compiles_as_one_graph(monkeypatch, caplog, xformers, backend):
     """Sizes that change are in it, and `auto` speaks while it is traced."""
     monkeypatch.setattr(module, "_said", set())
-    caplog.set_level(logging.INFO, logger="ldm.models.attention")
+    caplog.set_level(logging.DEBUG, logger="ldm.models.attention")
     torch._dynamo.reset()
     compiled = torch.compile(attention, backend="eager", fullgraph=True)
     for shape in ("self", "cross", "one_head"):

@@ -156,7 +156,7 @@ def test_long_captions_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixt
     rows = Bucketed(6)
     rows.texts[2:4] = [("a " * 40,), ("b " * 40, "zebra", "a " * 40)]
     made(tmp_path, rows)
-    assert f"2 captions have more than {tiny.LENGTH} tokens; their ends are cut" in caplog.text
+    assert f"2 captions have more than {tiny.LENGTH} tokens; the excess is cut" in caplog.text
 
 
 LONG = "a red apple and a green apple and a zebra and a hot dog and a car"

@@ -10,8 +10,11 @@ import torch
 from huggingface_hub import ModelCard
 from PIL import Image
 
+from pipelines.card_defaults import sampling_defaults
 from tests.adapting import config, trained
 from training.card import license_of, trigger_words, write_card
+from training.config import load
+from training.schema import DiffusionConfig
 
 DREAM = {"lora": {"rank": 2}, "data": {"instance_prompt": "a sks box"}, "sample": {"prompts": ["a sks box"]}}
 
@@ -114,3 +117,18 @@ def test_a_hub_name_is_the_base_model(tmp_path: Path, root: Path) -> None:
     file = write_card(tmp_path, made)
     assert ModelCard.load(file).data.base_model == "stable-diffusion-v1-5/stable-diffusion-v1-5"
     assert "on its page on the hub" in file.read_text()
+
+
+def test_a_model_from_scratch_says_how_it_is_drawn(tmp_path: Path) -> None:
+    made = load("configs/openmoji/unet.yaml", ["sample.prompts=[a cat]", "sample.num_inference_steps=7"])
+    assert isinstance(made, DiffusionConfig)
+    card = ModelCard.load(write_card(tmp_path, made, data={"rows": 166}))
+    said = card.data.to_dict()
+    assert said["inference"] == {"parameters": {"num_inference_steps": 7, "guidance_scale": 3.0}}
+    assert said["widget"] == [{"text": "a cat"}] and "base_model" not in said
+    assert "pipe('a cat', num_inference_steps=7, guidance_scale=3.0)" in card.text and "- pictures: 166" in card.text
+    assert sampling_defaults(tmp_path, (50, 7.5)) == (7, 3.0)
+
+
+def test_an_adapter_says_how_it_is_drawn(card: Path) -> None:
+    assert sampling_defaults("none", (50, 7.5), [card.parent]) == (4, 3.0)  # those of the run's samples

@@ -278,7 +278,7 @@ def test_report_of_a_run_that_was_killed(tmp_path):
     newest.write_bytes(newest.read_bytes()[:200])
     (run / "config.yaml").unlink()
     page = Page(write_report(run, title="killed").read_text(encoding="utf-8"))
-    assert "2 line(s) of log/metrics.jsonl could not be read" in page.words
+    assert "2 lines of log/metrics.jsonl could not be read" in page.words
     assert "images_000002000.png is missing or broken" in page.words
     assert "No config.yaml" in page.words
     assert sum(s.startswith("data:image/png") for s in page.sources) == 1
@@ -308,9 +308,9 @@ def test_a_constant_is_a_line_in_the_middle(tmp_path: Path):
     lines = (json.dumps({"images": i, "tflops": 1.2, "held_out_loss_at_0.5": 0.3}) for i in range(1, 100))
     (folder / "log" / "metrics.jsonl").write_text("\n".join(lines))
     page = write_report(folder, title="a run").read_text()
-    assert "tflops 1.2" in page and "_at_0.5 0.3" not in page
+    assert "TFLOP/s 1.2" in page and "_at_0.5 0.3" not in page
     svgs = [base64.b64decode(x).decode() for x in re.findall(r"data:image/svg\+xml;base64,([^\"]+)", page)]
-    (drawn,) = [x for x in svgs if "<!-- tflops -->" in x]
+    (drawn,) = [x for x in svgs if "<!-- TFLOP/s -->" in x]
     assert "<!-- 1.2 -->" in drawn or "<!-- 1.25 -->" in drawn, re.findall(r"<!-- (.*?) -->", drawn)
     assert "1e" not in "".join(re.findall(r"<!-- (.*?) -->", drawn))
 

@@ -297,7 +297,7 @@ def test_what_attention_takes_is_said_above_the_progress_bar(monkeypatch, caplog
     handler.setStream(stream)
     pipe = TextToImagePipeline.from_parts(parts("unet"))
     pipe.set_progress_bar_config(file=stream, mininterval=0)
-    caplog.set_level(logging.INFO, logger=attention.log.name)
+    caplog.set_level(logging.DEBUG, logger=attention.log.name)
     monkeypatch.setattr(attention.log, "handlers", [handler])
     pipe("zebra", num_inference_steps=3, output_type="latent")
     said, *bar = stream.getvalue().split("\n")

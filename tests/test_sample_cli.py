@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import shutil
 import sys
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from PIL import Image
 
 from ldm.paths import RectifiedFlow
 from ldm.prediction import Flow
+from pipelines.card_defaults import sampling_defaults
 from pipelines.core import Parts
 from pipelines.folder import save_parts
 from pipelines.lora.files import write_lora
@@ -22,6 +24,7 @@ from pipelines.picture_files import read_settings, save_png
 from pipelines.schedulers import default_schedule
 from tests import lora_made, tiny
 from training import cli, cli_sample
+from training.run_folder import model_of
 
 Ldm = Callable[..., "Said"]
 
@@ -287,3 +290,77 @@ def test_refuses_what_it_cannot_draw(ldm: Ldm, pipeline: Path, tmp_path: Path) -
         save_png(Image.new("RGB", (8, 8)), out, {"model": str(pipeline), "prompt": "a", "loras": {hostile: 1.0}})
         refused(ldm("--from", out, "-o", tmp_path / "x.png"), "which is not here")
     assert not (tmp_path / "x.png").exists() and not [*nothing.iterdir()]
+
+
+# --- files, runs and defaults ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("end", ["jpg", "webp"])
+def test_a_jpeg_keeps_the_settings(ldm: Ldm, pipeline: Path, tmp_path: Path, end: str) -> None:
+    said = ldm(pipeline, "a löwe ☃", "--steps", 1, "--seed", 7, "-o", tmp_path / f"a.{end}")
+    assert said.code == 0 and "keeps no settings" not in said.err
+    settings = read_settings(tmp_path / f"a.{end}")
+    assert (settings["prompt"], settings["seed"], settings["num_inference_steps"]) == ("a löwe ☃", 7, 1)
+    again = ldm("--from", tmp_path / f"a.{end}", "-o", tmp_path / f"b.{end}")
+    assert again.code == 0, again
+    assert np.array_equal(pixels(tmp_path / f"a.{end}"), pixels(tmp_path / f"b.{end}"))
+
+
+def test_a_format_without_settings_says_so(ldm: Ldm, pipeline: Path, tmp_path: Path) -> None:
+    said = ldm(pipeline, "", "--steps", 1, "-o", tmp_path / "a.bmp")
+    assert said.code == 0 and "this format keeps no settings" in said.err and "the prompt is empty" in said.err
+    with pytest.raises(ValueError, match="no settings can be read"):
+        read_settings(tmp_path / "a.bmp")
+
+
+def test_a_prompt_that_names_a_file_is_asked_about(ldm: Ldm, tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("a dog\n")
+    refused(ldm("no/such/model", tmp_path / "prompts.txt"), "prompts.txt", "is the name of a file here")
+
+
+def test_a_lost_target_does_not_lose_the_picture(
+    ldm: Ldm, pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save = Image.Image.save
+
+    def full(picture: Image.Image, path: Path, *arguments: Any, **options: Any) -> None:
+        if Path(path).name == "a.png":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save(picture, path, *arguments, **options)
+
+    monkeypatch.setattr(Image.Image, "save", full)
+    said = ldm(pipeline, "dog", "--steps", 1, "-o", tmp_path / "a.png")
+    assert said.code == 0 and "a.png: cannot be written" in said.err
+    assert said.out.strip() == str(tmp_path / "a-2.png") and read_settings(tmp_path / "a-2.png")["prompt"] == "dog"
+
+
+def test_a_run_is_a_model_and_its_card_says_the_defaults(ldm: Ldm, pipeline: Path, tmp_path: Path) -> None:
+    run, made = tmp_path / "run", tmp_path / "made.png"
+    shutil.copytree(pipeline, run / "pipeline")
+    card = "---\ninference:\n  parameters:\n    num_inference_steps: {}\n    guidance_scale: {}\n---\n# x\n"
+    (run / "pipeline" / "README.md").write_text(card.format(3, 2.5))
+    assert ldm(run, "dog", "-o", made).code == 0
+    settings = read_settings(made)
+    assert (settings["num_inference_steps"], settings["guidance_scale"]) == (3, 2.5)
+    assert settings["model"] == str(run / "pipeline")
+    assert ldm(run, "dog", "--steps", 2, "-o", made).code == 0
+    assert (read_settings(made)["num_inference_steps"], read_settings(made)["guidance_scale"]) == (2, 2.5)
+
+    small = tmp_path / "small"  # of an adapt run: the base, and beside it what was trained
+    (small / "adapter").mkdir(parents=True)
+    (small / "config.yaml").write_text(f"task: adapt\nbase: {run}\n")
+    write_lora(small / "adapter" / "pytorch_lora_weights.safetensors", lora_made.lora("sd15"), "diffusers")
+    (small / "adapter" / "README.md").write_text(card.format(1, 0))
+    model = model_of(small)
+    assert model == (str(run / "pipeline"), str(small / "adapter"), (), "small")
+    assert ldm(small, "dog", "-o", made).code == 0
+    settings = read_settings(made)
+    assert settings["loras"] == {str(small / "adapter"): 1.0} and settings["num_inference_steps"] == 1
+    assert sampling_defaults(run, (50, 7.5)) == (3, 2.5)
+    assert sampling_defaults(run, (50, 7.5), [small]) == (1, 0.0)
+    assert sampling_defaults(pipeline, (50, 7.5), [pipeline / "none.safetensors"]) == (50, 7.5)
+    (run / "pipeline" / "README.md").write_text(card.format("many", -1))
+    assert sampling_defaults(run, (50, 7.5)) == (50, 7.5)  # what is no number counts for nothing
+    (small / "config.yaml").write_text(f"task: adapt\nbase: {tmp_path}/gone\n")
+    with pytest.raises(ValueError, match=r"its base .*gone is not here"):
+        model_of(small)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from pipelines.hub import hub_error
 from pipelines.precision import DTYPES
 
 from .fit import ConfigError
@@ -276,7 +277,7 @@ def _fetched(name: str, variant: str | None) -> Path:
     try:
         return Path(DiffusionPipeline.download(name, use_safetensors=True, variant=variant))
     except (OSError, ValueError) as error:
-        raise ConfigError(f"base: {name}: no such folder, and not fetched as a name on the hub ({error})") from error
+        raise ConfigError(f"base: {name}: no such folder, and {hub_error(error)}") from error
 
 
 def _converted(config: AdaptConfig, file: Path) -> Path:

@@ -322,7 +322,8 @@ def _fill_texts(
     missing = fill(store, words.keys, encode, together, size=lambda _: step, what="captions")
     total = together.sum(int(cut[0]))
     if total and together.rank == 0:
-        log.warning("%d captions have more than %d tokens; their ends are cut", total, about.length)
+        several = "1 caption has" if total == 1 else f"{total:,} captions have"
+        log.warning("%s more than %d tokens; the excess is cut", several, about.length)
     return missing
 
 

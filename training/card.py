@@ -13,8 +13,11 @@ from typing import Any
 import yaml
 from safetensors import safe_open
 
+from pipelines.card_defaults import SCALE, STEPS, front_matter
+
 from .config import dump
-from .schema import AdaptConfig
+from .schema import AdaptConfig, DiffusionConfig, DiTModel
+from .schema.tasks import Sample
 
 GRID = "samples.png"
 PACKAGES = ("latent-t2i", "torch", "diffusers", "transformers", "peft")
@@ -31,9 +34,16 @@ KNOWN_LICENSES = {  # beginnings of licence texts, as the hub names them
 
 
 def write_card(
-    folder: str | Path, config: AdaptConfig, *, data: Mapping[str, Any] | None = None, samples: str | Path | None = None
+    folder: str | Path,
+    config: AdaptConfig | DiffusionConfig,
+    *,
+    data: Mapping[str, Any] | None = None,
+    samples: str | Path | None = None,
 ) -> Path:
     """Write ``folder/README.md`` about what lies there: a pipeline, or a LoRA and new tokens.
+
+    Its front matter says the steps and the guidance scale of the config's ``sample`` section, with
+    which `ldm sample` and `ldm app` start (``pipelines.card_defaults``).
 
     Args:
         folder: RUN/pipeline or RUN/adapter, finished.
@@ -45,7 +55,11 @@ def write_card(
     folder = Path(folder)
     if samples is not None:
         shutil.copyfile(samples, folder / GRID)
-    text = "\n".join([*_front(config, folder), "", *_body(config, folder, dict(data or {}))]) + "\n"
+    if isinstance(config, DiffusionConfig):
+        parts = [*_front_from_scratch(config, folder), "", *_body_from_scratch(config, folder, dict(data or {}))]
+    else:
+        parts = [*_front(config, folder), "", *_body(config, folder, dict(data or {}))]
+    text = "\n".join(parts) + "\n"
     (folder / "README.md").write_text(text, encoding="utf-8")
     return folder / "README.md"
 
@@ -66,7 +80,7 @@ def license_of(base: str | Path) -> tuple[str | None, str | None]:
     for place in (root, root / "pipeline"):
         readme = place / "README.md"
         if readme.is_file():
-            told = _front_of(readme.read_text(encoding="utf-8", errors="replace")).get("license")
+            told = front_matter(readme.read_text(encoding="utf-8", errors="replace")).get("license")
             if isinstance(told, str):
                 return told, "README.md"
         for file in sorted([*place.glob("LICENSE*"), *place.glob("LICENCE*")]):
@@ -97,20 +111,28 @@ def _front(config: AdaptConfig, folder: Path) -> list[str]:
         front.pop("base_model")  # the hub takes nothing but its own names
     if words := trigger_words(config):
         front["instance_prompt"] = words[0]
+    return _yaml(front | _drawing(config.sample, folder))
+
+
+def _front_from_scratch(config: DiffusionConfig, folder: Path) -> list[str]:
+    front = {
+        "library_name": "diffusers",
+        "pipeline_tag": "text-to-image",
+        "tags": ["text-to-image", "diffusers", "diffusers-training"],
+    }
+    return _yaml(front | _drawing(config.sample, folder))
+
+
+def _drawing(sample: Sample, folder: Path) -> dict[str, Any]:
+    """The keys of the front matter by which the hub, and this package, draw."""
+    parameters = {STEPS: sample.num_inference_steps, SCALE: sample.guidance_scale}
     picture = {"output": {"url": GRID}} if (folder / GRID).is_file() else {}
-    front["widget"] = [{"text": prompt, **picture} for prompt in config.sample.prompts[:4]]
-    if not front["widget"]:
-        front.pop("widget")
-    return ["---", *yaml.safe_dump(front, sort_keys=False, allow_unicode=True).splitlines(), "---"]
+    widget = [{"text": prompt, **picture} for prompt in sample.prompts[:4]]
+    return {"inference": {"parameters": parameters}} | ({"widget": widget} if widget else {})
 
 
-def _front_of(text: str) -> dict[str, Any]:
-    found = re.match(r"---\s*\n(.*?)\n---", text, re.DOTALL)
-    try:
-        told = yaml.safe_load(found[1]) if found else None
-    except yaml.YAMLError:
-        return {}
-    return told if isinstance(told, dict) else {}
+def _yaml(front: Mapping[str, Any]) -> list[str]:
+    return ["---", *yaml.safe_dump(dict(front), sort_keys=False, allow_unicode=True).splitlines(), "---"]
 
 
 def _is_hub_name(base: str) -> bool:
@@ -141,6 +163,36 @@ def _body(config: AdaptConfig, folder: Path, data: dict[str, Any]) -> list[str]:
     shown = config.model_copy(update={"base": _named(config.base), "output_dir": Path(config.output_dir).name})
     lines += ["", "<details><summary>Config</summary>", "", "```yaml", dump(_private(shown)).rstrip(), "```", ""]
     return [*lines, "</details>", "", "Made with " + ", ".join(_versions()) + "."]
+
+
+def _body_from_scratch(config: DiffusionConfig, folder: Path, data: dict[str, Any]) -> list[str]:
+    prompt = next(iter(config.sample.prompts), "a photo")
+    call = f"num_inference_steps={config.sample.num_inference_steps}, guidance_scale={config.sample.guidance_scale}"
+    kind, package = "DiffusionPipeline", "diffusers"
+    if isinstance(config.model, DiTModel):  # stock's PixArt would have to be told the length of CLIP's texts
+        kind, package = "TextToImagePipeline", "pipelines"
+    code = [
+        "import torch", f"from {package} import {kind}", "",
+        f'pipe = {kind}.from_pretrained(".")  # this folder',
+        'pipe.to("cuda" if torch.cuda.is_available() else "cpu")', "",
+        f"image = pipe({prompt!r}, {call}).images[0]", 'image.save("picture.png")',
+    ]  # fmt: skip
+    train = config.train
+    facts = {
+        "pictures": data.get("rows"),
+        "images seen": f"{train.images:,}",
+        "batch": train.batch_size * train.gradient_accumulation_steps,
+        "resolution": config.data.resolution,
+        "optimizer": f"{config.optimizer.name}, learning rate {config.optimizer.learning_rate:g}",
+        "seed": config.seed,
+    }
+    lines = [f"# {Path(config.output_dir).name}", "", "A text-to-image model, trained from scratch."]
+    lines += ["", "## Use", "", "```python", *code, "```"]
+    if (folder / GRID).is_file():
+        lines += ["", "## Samples", "", f"![Pictures drawn from the prompts of the config]({GRID})"]
+    lines += ["", "## Licence", "", "The pictures that it was trained on have terms of their own."]
+    lines += ["", "## Training", "", *(f"- {name}: {value}" for name, value in facts.items() if value is not None)]
+    return [*lines, "", "Made with " + ", ".join(_versions()) + "."]
 
 
 def _kind(config: AdaptConfig, folder: Path) -> str:

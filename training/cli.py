@@ -8,15 +8,17 @@ from typing import Annotated, Any
 
 import typer
 
+from pipelines.outputs import check_output
+
 from . import cli_adapt, cli_app, cli_sample
 from .cli_evaluate import evaluate
 from .cli_inspect import app as inspect_app
 from .cli_lora import app as lora_app
-from .says import say
+from .says import quiet_libraries, say
 
 app = typer.Typer(
     name="ldm",
-    help="Train, adapt and run a text-to-image model of your own.",
+    help="Train, adapt and run your own text-to-image model.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -32,12 +34,13 @@ Configs = Annotated[
         help="Config files in the order to run, and overrides: key=value for all, unet.key=value for unet.yaml alone."
     ),
 ]
-Out = Annotated[Path | None, typer.Option(help="Folder for the runs, in place of the one in their output_dir.")]
+Out = Annotated[Path | None, typer.Option(help="Folder for the runs; replaces the folder part of output_dir.")]
 
 
 def main() -> None:
     """Run the command line. What the user got wrong is one message and exit code 2, not a traceback; where another
     process was lost the code is 70."""
+    quiet_libraries()
     try:
         app()
     except (ValueError, OSError, RuntimeError) as error:
@@ -59,15 +62,16 @@ def _is_ours(error: BaseException) -> bool:
 
 @data_app.command()
 def openmoji(
-    out: Annotated[Path, typer.Option(help="Folder to make.")],
+    out: Annotated[Path, typer.Option(help="Folder to write.")],
     size: Annotated[int, typer.Option(help="Side of the pictures in pixels.")] = 64,
     concepts: Annotated[
-        str | None, typer.Option(help="File with a name per line, or names separated by commas.")
+        str | None, typer.Option(help="Names of drawings, separated by commas, or a file with a name per line.")
     ] = None,
 ) -> None:
     """Render OpenMoji (about 1,900 captioned pictures) as an imagefolder."""
     from .openmoji import read_names, render
 
+    check_output(out, "--out", "folder")
     chosen = None if concepts is None else read_names(concepts)
     print(render(out, size, chosen))
 
@@ -99,15 +103,19 @@ def _load(configs: list[str], out: Path | None) -> list[Any]:
 def train(
     configs: Configs,
     out: Out = None,
-    resume: Annotated[str, typer.Option(help="auto, never, or the folder of a checkpoint to go on from.")] = "auto",
+    resume: Annotated[
+        str, typer.Option(help="auto (newest checkpoint), never, or a checkpoint folder to resume from.")
+    ] = "auto",
     tell: Annotated[
         bool,
-        typer.Option("--check/--no-check", help="First do what `ldm check` does; begin nothing that does not fit."),
+        typer.Option(
+            "--check/--no-check", help="Run `ldm check` first, and start nothing that does not fit into memory."
+        ),
     ] = True,
 ) -> None:
-    """Train the configs in order. What is already made is taken up; a killed run goes on where it was.
+    """Train the configs in order. Finished runs are reused, interrupted ones resume.
 
-    If one of them does not fit into the free memory, none is begun (exit code 2).
+    Nothing is started if one of them does not fit into the free memory (exit code 2).
     """
     loaded = _load(configs, out)
     say()
@@ -127,9 +135,9 @@ app.command()(cli_adapt.judge)
 
 @app.command()
 def check(configs: Configs, out: Out = None) -> None:
-    """Check configs and their data, and tell sizes, memory and time, without training.
+    """Check configs and their data, and estimate sizes, memory and time, without training.
 
-    Exit code 2 where a config or its data are wrong, or a run does not fit into the free memory.
+    The exit code is 2 if a config or its data are wrong, or a run does not fit into the free memory.
     """
     loaded = _load(configs, out)
     say()
@@ -143,7 +151,7 @@ def check(configs: Configs, out: Out = None) -> None:
 
 @app.command()
 def cache(configs: Configs, out: Out = None) -> None:
-    """Encode the pictures and captions of diffusion configs ahead of their training, and train nothing."""
+    """Encode the pictures and captions of diffusion configs before training; nothing is trained."""
     loaded = _load(configs, out)
     say()
     from .run import cache_all
@@ -153,13 +161,18 @@ def cache(configs: Configs, out: Out = None) -> None:
 
 @app.command()
 def ema(
-    run: Annotated[Path, typer.Argument(help="Folder of a run that kept snapshots (ema.snapshot_every).")],
-    sigma_rel: Annotated[float, typer.Option(help="Width of the average, as a share of the run's length.")],
-    out: Annotated[Path, typer.Option(help="Pipeline folder to make.")],
-    images: Annotated[int | None, typer.Option(help="Images seen; by default the last snapshot's.")] = None,
+    run: Annotated[Path, typer.Argument(help="Run folder with EMA snapshots (ema.snapshot_every).")],
+    sigma_rel: Annotated[
+        float, typer.Option(help="Width of the average relative to the run's length, for example 0.1.")
+    ],
+    out: Annotated[Path, typer.Option(help="Pipeline folder to write.")],
+    images: Annotated[
+        int | None, typer.Option(help="Point of the run, in images seen. Default: the last snapshot.")
+    ] = None,
 ) -> None:
-    """Average a run's weights afterwards, over any width (post-hoc EMA, Karras et al. 2024)."""
+    """Average the weights of a finished run over any width (post-hoc EMA, Karras et al. 2024)."""
     say()
+    check_output(out, "--out", "folder")
     from .posthoc import ema_pipeline
 
     print(ema_pipeline(run, sigma_rel, out, images))
@@ -173,20 +186,19 @@ app.command()(evaluate)
 
 @app.command()
 def convert(
-    source: Annotated[Path, typer.Argument(metavar="IN", help="Pipeline folder, or one file of weights.")],
-    target: Annotated[Path, typer.Argument(metavar="OUT", help="Name of a .safetensors file, or of a folder.")],
-    dtype: Annotated[str | None, typer.Option(help="fp16, bf16 or fp32; by default each tensor keeps its own.")] = None,
+    source: Annotated[Path, typer.Argument(metavar="IN", help="Pipeline folder, or a single file of weights.")],
+    target: Annotated[Path, typer.Argument(metavar="OUT", help="The .safetensors file, or the folder, to write.")],
+    dtype: Annotated[str | None, typer.Option(help="Precision: fp16, bf16 or fp32. Default: unchanged.")] = None,
     allow_pickle: Annotated[
-        bool, typer.Option("--allow-pickle", help="Read a pickled checkpoint's tensors, and nothing that runs.")
+        bool, typer.Option("--allow-pickle", help="Read a pickled checkpoint; only tensors, no code.")
     ] = False,
-    layout: Annotated[
-        str | None, typer.Option(help="sd15, sd21, sdxl or sd3; by default told from what IN holds.")
-    ] = None,
+    layout: Annotated[str | None, typer.Option(help="sd15, sd21, sdxl or sd3. Default: detected from IN.")] = None,
     config: Annotated[
-        Path | None, typer.Option(help="For a file: pipeline folder of its family, for tokenizers and configs.")
+        Path | None,
+        typer.Option(help="Needed for a single file: a pipeline folder of its family, for tokenizers and configs."),
     ] = None,
 ) -> None:
-    """Turn a pipeline folder into the one file that A1111 and ComfyUI read, or such a file into a folder."""
+    """Convert a pipeline folder to a single file for A1111 and ComfyUI, or such a file to a folder."""
     say()
     from pipelines.convert import convert as run
 
@@ -196,11 +208,11 @@ def convert(
 @app.command()
 def init(
     name: Annotated[
-        str | None, typer.Argument(help="Config to copy, for example openmoji/unet; none lists them.")
+        str | None, typer.Argument(help="Config to copy, for example openmoji/unet. Without a name: list all.")
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="Where to; by default the config's own name here.")] = None,
+    out: Annotated[Path | None, typer.Option(help="File to write. Default: the config's name, in this folder.")] = None,
 ) -> None:
-    """Copy a config out of the installed package."""
+    """Copy an example config to your folder."""
     from .fit import ConfigError
     from .shipped import config_files
 
@@ -212,6 +224,7 @@ def init(
     if key not in files:
         raise ConfigError(f"{name}: not one of {', '.join(files)}")
     target = out or Path(files[key].name)
+    check_output(target, "--out", "file")
     if target.exists():
         raise ConfigError(f"{target}: is there already; give another --out")
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -15,30 +15,39 @@ PASSWORD = "LDM_APP_PASSWORD"  # where a password is looked for: it is not to st
 
 
 def page(
-    folder: Annotated[str, typer.Argument(help="Pipeline folder, or a hub name.")],
-    out: Annotated[Path, typer.Option(help="The only folder that the page writes to and reads from.")] = Path(
-        "outputs/app"
-    ),
+    folder: Annotated[str, typer.Argument(help="Pipeline folder, run folder or hub name.")],
+    out: Annotated[
+        Path, typer.Option(help="Folder for pictures and uploads; the page reads and writes nothing outside it.")
+    ] = Path("outputs/app"),
     loras: Annotated[Path | None, typer.Option(help="Folder of LoRA files to choose from.")] = None,
-    host: Annotated[str, typer.Option(help="Address to listen at.")] = "127.0.0.1",
-    port: Annotated[int | None, typer.Option(min=1, max=65535, help="By default the first free from 7860 on.")] = None,
-    password_file: Annotated[
-        Path | None, typer.Option(help=f"File with the password; else it is {PASSWORD} in the environment.")
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[
+        int | None, typer.Option(min=1, max=65535, help="Port to listen on. Default: the first free one from 7860.")
     ] = None,
-    ask_password: Annotated[bool, typer.Option("--ask-password", help="Ask for the password to set.")] = False,
-    no_password: Annotated[bool, typer.Option("--no-password", help="Let everybody in who can reach --host.")] = False,
+    password_file: Annotated[
+        Path | None, typer.Option(help=f"File with the password. Default: the environment variable {PASSWORD}.")
+    ] = None,
+    ask_password: Annotated[
+        bool, typer.Option("--ask-password", help="Set the password by typing it at the start.")
+    ] = False,
+    no_password: Annotated[
+        bool, typer.Option("--no-password", help="Allow access without a password to everybody who reaches --host.")
+    ] = False,
     dtype: Dtype = None,
-    waiting: Annotated[int, typer.Option(min=1, help="Requests that may wait in the queue.")] = 8,
+    waiting: Annotated[int, typer.Option(min=1, help="Number of requests that may wait in the queue.")] = 8,
     max_side: Annotated[int, typer.Option(min=8, help="Longest side of a picture, in pixels.")] = 2048,
-    max_pictures: Annotated[int, typer.Option(min=1, help="Pictures of one request.")] = 8,
+    max_pictures: Annotated[int, typer.Option(min=1, help="Most pictures in one request.")] = 8,
 ) -> None:
-    """Draw in a web page, on this machine: previews, LoRA, image to image, inpainting."""
+    """Serve a web page that draws, on this machine: previews, LoRA, image to image, inpainting."""
     password = _password(password_file, ask_password, no_password)
     say()
     from pipelines.app import ready, serve
     from pipelines.app_guard import is_loopback
 
+    from .run_folder import model_of
+
     ready(out, host, password, no_password)
+    model = model_of(folder)
     import torch
 
     from pipelines.app_draw import Studio, find_loras
@@ -47,12 +56,19 @@ def page(
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     kind = sampling_dtype(device, dtype)
-    found = {} if loras is None else find_loras(loras)
-    pipe = TextToImagePipeline.from_pretrained(folder, dtype=kind)
+    files = {} if loras is None else find_loras(loras)
+    if model.lora:
+        files = {folder: Path(model.lora)} | files
+    pipe = TextToImagePipeline.from_pretrained(model.folder, dtype=kind)
+    for tokens in model.embeddings:
+        pipe.load_textual_inversion(tokens)
     pipe.to(device)
-    studio = Studio(pipe, out / "pictures", found, model=folder, max_side=max_side, max_pictures=max_pictures)
+    studio = Studio(
+        pipe, out / "pictures", files, model=model.folder, chosen=folder if model.lora else "",
+        embeddings=model.embeddings, max_side=max_side, max_pictures=max_pictures,
+    )  # fmt: skip
     served = serve(
-        studio, out, title=Path(folder).name, host=host, port=port, password=password, no_password=no_password,
+        studio, out, title=model.name, host=host, port=port, password=password, no_password=no_password,
         waiting=waiting,
     )  # fmt: skip
     print(f"preview   explains {studio.preview.r2:.0%} of the colours that the autoencoder makes of latents")

@@ -8,6 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
+from pipelines.outputs import check_output
+
 from .says import say
 
 app = typer.Typer(help="Say what is inside a data set or a pipeline folder, or draw a path.", no_args_is_help=True)
@@ -31,6 +33,7 @@ def inspect_data(
     from .schema import Data
 
     say()
+    check_output(out, "--out", "file")
     config: Any
     if source.endswith((".yaml", ".yml")):
         from .config import load
@@ -89,8 +92,9 @@ def _bucket_step(config: Any, source: str, configs: list[str]) -> tuple[int | No
 
 
 @app.command("model")
-def inspect_model(folder: str) -> None:
-    """Parts, sizes and schedule of a pipeline folder."""
+def inspect_model(folder: Annotated[str, typer.Argument(help="Pipeline folder.")]) -> None:
+    """Show the parts, sizes and schedule of a pipeline folder."""
+    say()
     from pipelines.folder import load_parts
 
     parts = load_parts(folder)
@@ -102,13 +106,15 @@ def inspect_model(folder: str) -> None:
         f"schedule: {type(s.path).__name__}, {type(s.prediction).__name__}, {s.sampler} on {s.spacing}, shift {s.shift}"
     )
     height, width = parts.size
-    print(f"pictures: {width}x{height}, latents of {parts.channels} channels, {parts.vae.latent_scale}")
+    scale = parts.vae.latent_scale
+    shift = f", shift {scale.shift:.4g}" if scale.shift else ""
+    print(f"pictures: {width}x{height}, latents of {parts.channels} channels, scale {scale.scale:.4g}{shift}")
 
 
 @app.command("path")
 def inspect_path(
     configs: Configs,
-    picture: Annotated[Path | None, typer.Option(help="Picture to drown in noise; a drawn one if left out.")] = None,
+    picture: Annotated[Path | None, typer.Option(help="Picture to add noise to. Default: a test chart.")] = None,
     out: Annotated[Path, typer.Option("-o", "--out", help="Picture file to write.")] = Path("path.png"),
 ) -> None:
     """Draw a diffusion config's alpha, sigma, log-SNR and beta, and a picture on its way to noise."""
@@ -116,6 +122,7 @@ def inspect_path(
     from .fit import ConfigError
     from .schema import DiffusionConfig
 
+    check_output(out, "--out", "file")
     files = [c for c in configs if "=" not in c]
     if len(files) != 1:
         raise ConfigError(f"inspect path: expected one config file, got {len(files)}")

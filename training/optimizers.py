@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ldm.extras import pip_install
+
 from .fit import ConfigError
 from .schema import optim as schema
 from .sharded import local
@@ -121,7 +123,7 @@ def package(config: schema.AnyOptimizer) -> Any:
         why = "is not installed" if isinstance(error, ModuleNotFoundError) and error.name == name else f"fails: {error}"
         raise ConfigError(
             f"optimizer.name: {kind} needs the package {name}, which {why}; "
-            f"`pip install {name}`, or choose another optimizer"
+            f"`{pip_install(name)}`, or choose another optimizer"
         ) from error
 
 

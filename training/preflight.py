@@ -254,17 +254,12 @@ class _Telling:
         side, shapes = self.config.data.resolution, train.shapes
         cut = f"{side} px" if len(shapes) == 1 else f"{len(shapes)} shapes of about {side} x {side} px"
         known = "streamed" if isinstance(train, IterableDataset) else f"{len(train):,}"
-        held = f"{len(test):,} held out"
-        if self._repeated:
-            held = "none held out (validated on the same)"
-        return f"{known} to train on, {held}, {cut}"
+        return f"{known} to train on, {held_out_rows(self.config, train, test)}, {cut}"
 
     @property
     def _repeated(self) -> bool:
         """Validation shows the training pictures."""
-        train, test = self.rows
-        streamed = isinstance(train, IterableDataset)
-        return self.config.data.held_out == 0 and not streamed and _equal(train, test)
+        return repeated(self.config, *self.rows)
 
     def _step(self, rehearsal: Rehearsal, flops: int) -> str:
         train = self.config.train
@@ -421,3 +416,16 @@ def _spent(seconds: dict[str, float]) -> str:
     total = sum(seconds.values())
     parts = ", ".join(f"{name} {duration(s)}" for name, s in seconds.items() if s > 0.01 * total)
     return f"{duration(total)} ({parts})"
+
+
+def repeated(config: Config, train: Any, held_out: Any) -> bool:
+    """Validation shows the training pictures (``data.held_out: 0``)."""
+    streamed = isinstance(train, IterableDataset)
+    return config.data.held_out == 0 and not streamed and _equal(train, held_out)
+
+
+def held_out_rows(config: Config, train: Any, held_out: Any) -> str:
+    """``12 held out``, or that validation uses the training rows."""
+    if repeated(config, train, held_out):
+        return "none held out (validated on the same)"
+    return f"{len(held_out):,} held out"

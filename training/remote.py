@@ -22,6 +22,8 @@ from pathlib import Path, PurePosixPath
 from threading import Thread
 from typing import Any, BinaryIO, TypeVar
 
+from ldm.extras import pip_install
+
 from .pictures import one_line
 from .tables import DataError
 
@@ -63,7 +65,7 @@ def filesystem(url: str, options: Mapping[str, Any]) -> tuple[Any, str]:
         return url_to_fs(url, **options)
     except ImportError as error:
         name = PACKAGES.get(url.partition("://")[0])
-        command = f"pip install {name}, or pip install 'latent-t2i[cloud]'" if name else "install its package"
+        command = pip_install(name) if name else "install its package"
         raise RemoteError(f"{url}: needs a package that is not installed ({one_line(error)}): {command}") from error
     except (TypeError, ValueError) as error:
         hint = "; look at data.storage_options" if options else ""

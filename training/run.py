@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from pipelines.outputs import check_output
+
 from .config import dump, parse
 from .fit import ConfigError, check_together, side_step
 from .schema import AdaptConfig, AutoencoderConfig, ClipConfig, Config, DiffusionConfig, LatentRun
@@ -51,6 +53,9 @@ def check_folder(config: Config) -> None:
         ConfigError: ``output_dir`` holds another run or other files.
     """
     run = Path(config.output_dir)
+    check_output(run, "output_dir", "folder")
+    if isinstance(config, LatentRun) and config.cache.dir:
+        check_output(config.cache.dir, "cache.dir", "folder")
     if not run.exists():
         return
     written = run / "config.yaml"
@@ -266,7 +271,7 @@ def train_one(
     from .card import write_card
     from .evaluate.report import write_report
     from .mirror import Mirror
-    from .preflight import precision
+    from .preflight import held_out_rows, precision
     from .sizes import network_of
 
     run, start = Path(config.output_dir), time.perf_counter()
@@ -282,9 +287,10 @@ def train_one(
         processes.check_shared(Path(config.cache.dir), "cache.dir", accelerator)
     if main:
         log.info(
-            "%s: %s on %s (%d held out), %s%s, %s",
-            run, config.task, "a stream" if config.data.streaming else f"{len(train_rows)} pictures", len(test_rows),
-            f"{world} processes, " if world > 1 else "", accelerator.device, mixed if mixed != "no" else "float32",
+            "%s: %s on %s (%s), %s%s, %s",
+            run, config.task, "a stream" if config.data.streaming else f"{len(train_rows)} pictures",
+            held_out_rows(config, train_rows, test_rows), f"{world} processes, " if world > 1 else "",
+            accelerator.device, mixed if mixed != "no" else "float32",
         )  # fmt: skip
     task = build(config, train_rows, test_rows, run, accelerator)
     if main:  # not before: a config that cannot be built leaves the folder free for a better one
@@ -306,7 +312,7 @@ def train_one(
                 shutil.rmtree(run / "pipeline.partial", ignore_errors=True)
                 raise
     if main:
-        if isinstance(config, AdaptConfig):
+        if isinstance(config, AdaptConfig | DiffusionConfig):
             write_card(result_of(config), config, data=_summary(train_rows), samples=_last_grid(run))
         write_report(run, title=f"{config.task}: {run.name}", data=_summary(train_rows))
         took = {"seconds": time.perf_counter() - start, "memory": measure.peak(accelerator.device)}

@@ -2,14 +2,32 @@
 
 from __future__ import annotations
 
+import logging
+import os
+
+# Notes of libraries that a user of `ldm` can do nothing about; their errors are raised, and shown.
+NOISY = ("httpx", "httpx2", "datasets", "accelerate", "botocore", "aiobotocore")
+VERBOSITY = ("TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY")  # read when the libraries are imported
+
+
+def quiet_libraries() -> None:
+    """Silence notes of libraries; to be called before any of them is imported."""
+    for name in VERBOSITY:
+        os.environ.setdefault(name, "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    for name in NOISY:
+        logging.getLogger(name).setLevel(logging.WARNING)
+    for name in ("bitsandbytes.backends.cpu.ops", "DeepSpeed"):  # kernels to fetch, the accelerator that was found
+        logging.getLogger(name).addFilter(_is_error)  # DeepSpeed sets the level itself, when it is imported
+
+
+def _is_error(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.ERROR
+
 
 def say() -> None:
-    """From now on the log says our own lines, without the libraries' notes on what is not installed."""
-    import logging
-    import os
-
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    """Show our own log lines, and no notes of libraries, from now on."""
+    quiet_libraries()
 
     from rich.console import Console
     from rich.logging import RichHandler
@@ -23,6 +41,3 @@ def say() -> None:
         handlers=[handler],
         force=True,
     )
-    for name in ("httpx", "httpx2", "datasets", "accelerate", "botocore", "aiobotocore"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # of kernels that it would fetch

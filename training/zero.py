@@ -16,6 +16,8 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
 
+from ldm.extras import pip_install
+
 from . import sharded
 from .fit import ConfigError
 from .optim import Guarded
@@ -52,7 +54,8 @@ def backend() -> dict[str, str]:
     try:
         import deepspeed.ops
     except Exception as error:  # a broken install raises whatever it likes
-        raise ConfigError(f"DeepSpeed was asked for and cannot be imported ({error}): pip install deepspeed") from error
+        command = pip_install("deepspeed")
+        raise ConfigError(f"DeepSpeed was asked for and cannot be imported ({error}): {command}") from error
     warnings.filterwarnings("ignore", r".torch\.distributed\.\w+_tensor. is deprecated", FutureWarning)  # at each call
     if torch.cuda.is_available() or "LOCAL_RANK" not in os.environ:
         return {}

@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from ..extras import pip_install
+
 log = logging.getLogger(__name__)
 FLASH_DIM = 256  # the widest head that the flash kernels on CUDA take
 HALF = (torch.float16, torch.bfloat16)
@@ -93,7 +95,7 @@ def _auto(device: str, dtype: torch.dtype, biased: bool) -> str:
             why = "SDPA's memory-efficient kernel: flash takes no bias (padded or folded text)"
         elif device == "cuda":
             why = "SDPA, with a flash kernel" if dtype in HALF else f"SDPA: the flash kernels take no {name}"
-        log.info("attention on %s, %s, %s bias: auto takes %s", device, name, "with" if biased else "no", why)
+        log.debug("attention on %s, %s, %s bias: auto takes %s", device, name, "with" if biased else "no", why)
     return "sdpa"
 
 
@@ -158,7 +160,7 @@ def _xformers_op():
         from xformers.ops import memory_efficient_attention  # type: ignore[import-not-found]
     except ImportError as error:  # also where the package is there, but not the one that holds its kernels
         raise RuntimeError(
-            f"attention backend 'xformers' cannot be imported ({error}): pip install xformers; or {OTHER}"
+            f"attention backend 'xformers' cannot be imported ({error}): {pip_install('xformers')}; or {OTHER}"
         ) from error
     return memory_efficient_attention
 

@@ -15,6 +15,8 @@ from safetensors.torch import load_file
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderModel, T5Tokenizer
 from transformers.utils import logging as transformers_logging
 
+from ..extras import pip_install
+
 Tower: TypeAlias = CLIPTextModel | CLIPTextModelWithProjection | T5EncoderModel
 Tokenizer: TypeAlias = CLIPTokenizer | T5Tokenizer
 
@@ -109,8 +111,8 @@ def load_tower(
     if load_in_8bit:
         if find_spec("bitsandbytes") is None:
             raise ValueError(
-                f"{folder}: load_in_8bit needs the package bitsandbytes (pip install bitsandbytes); without it load "
-                "with a smaller dtype, or leave the T5 out with t5=None"
+                f"{folder}: load_in_8bit needs the package bitsandbytes ({pip_install('bitsandbytes')}); without it "
+                "load with a smaller dtype, or leave the T5 out with t5=None"
             )
         from transformers import BitsAndBytesConfig
 

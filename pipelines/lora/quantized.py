@@ -9,6 +9,8 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from ldm.extras import pip_install
+
 from .targets import is_quantized, lora_layers
 
 Kind = Literal["nf4", "int8"]
@@ -40,7 +42,8 @@ def quantize(module: nn.Module, kind: Kind) -> list[str]:
     try:
         import bitsandbytes as bnb
     except ImportError as error:
-        raise ValueError(f"quantization {kind!r} needs bitsandbytes ({error}): pip install bitsandbytes") from error
+        command = pip_install("bitsandbytes")
+        raise ValueError(f"quantization {kind!r} needs bitsandbytes ({error}): {command}") from error
     if lora_layers(module):
         raise ValueError(f"this {name} holds a LoRA; quantize it before one is added")
     layers = {place: part for place, part in module.named_modules() if isinstance(part, nn.Linear)}

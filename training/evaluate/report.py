@@ -138,7 +138,8 @@ def _run_section(folder: Path) -> list[str]:
     else:
         parts.append('<p class="soft">No log/metrics.jsonl with numbers in it.</p>')
     if broken:
-        parts.append(f'<p class="soft">{broken} line(s) of log/metrics.jsonl could not be read.</p>')
+        lines = "line" if broken == 1 else "lines"
+        parts.append(f'<p class="soft">{broken} {lines} of log/metrics.jsonl could not be read.</p>')
     kinds: dict[str, list[Path]] = {}
     for file in sorted((folder / "samples").glob("*.png")):
         kinds.setdefault(file.stem.rstrip("0123456789").rstrip("_"), []).append(file)
@@ -173,7 +174,33 @@ def _curves(rows: list[dict[str, Any]]) -> dict[str, tuple[list[float], list[flo
 
 
 def _last(curves: dict[str, tuple[list[float], list[float]]]) -> str:
-    return "last " + ", ".join(f"{key} {_text(y[-1])}" for key, (_, y) in curves.items() if "_at_" not in key)
+    values = {label(key): _text(y[-1]) for key, (_, y) in curves.items() if "_at_" not in key}
+    return "last values: " + ", ".join(f"{name} {value}" for name, value in values.items())
+
+
+LABELS = {  # keys of log/metrics.jsonl
+    "lr": "learning rate",
+    "tflops": "TFLOP/s",
+    "mfu": "share of the peak FLOP/s",
+    "psnr": "PSNR",
+    "step_seconds": "seconds per step",
+    "data_wait_seconds": "seconds per step waiting for data",
+    "data_wait_seconds_max": "seconds per step waiting for data, slowest process",
+    "comm_wait_seconds": "seconds per step waiting for other processes",
+    "comm_wait_seconds_max": "seconds per step waiting for other processes, slowest",
+    "train_fixed_loss": "training loss at fixed noise",
+}
+NETWORKS = {"net": "denoiser", "vae": "autoencoder", "clip": "CLIP"}
+
+
+def label(key: str) -> str:
+    """A key of the log in plain words: ``net_grad_norm`` is the gradient norm of the denoiser."""
+    if key.startswith("held_out_"):
+        return f"held-out {label(key.removeprefix('held_out_'))}"
+    if key.endswith("_grad_norm"):
+        network = key.removesuffix("_grad_norm")
+        return f"gradient norm of the {NETWORKS.get(network, network.replace('_', ' '))}"
+    return LABELS.get(key, key.replace("_", " "))
 
 
 def _plots(curves: dict[str, tuple[list[float], list[float]]]) -> list[str]:
@@ -206,7 +233,8 @@ def _panel(name: str, curves: dict[str, tuple[list[float], list[float]]]) -> str
         if key == name != "lr" and len(y) >= 40:  # a noisy training curve: faint, with its running mean on it
             axes.plot(x, y, color=colour, alpha=0.3, linewidth=0.8)
             y = _smooth(y, len(y) // 20)
-        axes.plot(x, y, color=colour, linewidth=1.5, marker=mark, label=key.rpartition("_at_")[2])
+        name_in_legend = key.rpartition("_at_")[2] if "_at_" in key else label(key)
+        axes.plot(x, y, color=colour, linewidth=1.5, marker=mark, label=name_in_legend)
         drawn += y
     if min(drawn) > 0 and max(drawn) > 30 * min(drawn) and name != "lr":
         axes.set_yscale("log")
@@ -216,7 +244,7 @@ def _panel(name: str, curves: dict[str, tuple[list[float], list[float]]]) -> str
     low, high = min(drawn), max(drawn)
     if high - low <= 1e-6 * max(abs(low), abs(high)):  # a constant, whose rounding would fill the panel
         axes.set_ylim(low - 0.5 * (abs(low) or 1), high + 0.5 * (abs(high) or 1))
-    axes.set_title(name, fontsize=10, color=grey)
+    axes.set_title(label(name), fontsize=10, color=grey)
     axes.set_xlabel("images", fontsize=8, color=grey)
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.tick_params(which="both", labelsize=8, colors=grey)
@@ -229,7 +257,7 @@ def _panel(name: str, curves: dict[str, tuple[list[float], list[float]]]) -> str
     file = io.BytesIO()
     with rc_context({"svg.hashsalt": name}):  # equal logs, equal bytes
         figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
-    return _embed(file.getvalue(), "image/svg+xml", f"{name} over images", "")
+    return _embed(file.getvalue(), "image/svg+xml", f"{label(name)} over images", "")
 
 
 _COLOURS = ("#4c8dd6", "#e08a3c")  # a panel holds a key and its held-out twin
