@@ -20,7 +20,7 @@ from tests.app_served import PASSWORD, address, served, slowed
 from tests.browser import wait
 
 # The page's events by number: three that enable Cancel come before the jobs.
-DRAW, FROM_IMAGE, INPAINT, REPEAT = 3, 4, 5, 12
+DRAW, FROM_IMAGE, INPAINT, REPEAT = 3, 4, 5, 15
 API = "/gradio_api"
 
 
