@@ -292,6 +292,20 @@ def test_halves_are_for_one_process(monkeypatch):
         processes.started(settings(on_out_of_memory="halve"), "no")
 
 
+def test_fsdp_that_accelerate_takes_for_ddp_is_refused(monkeypatch):
+    """So it does on a CPU, without a word; the run would need the memory of whole weights."""
+    from accelerate.utils import DistributedType
+
+    fake = SimpleNamespace(
+        num_processes=2, gradient_accumulation_steps=1, distributed_type=DistributedType.MULTI_CPU, is_fsdp2=False
+    )
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setattr(processes, "Accelerator", lambda **kw: fake)
+    with pytest.raises(ConfigError, match="accelerate runs MULTI_CPU: it shards on GPUs only"):
+        processes.started(settings(), "no")
+
+
 def test_fsdp2_takes_contiguous_weights(monkeypatch):
     monkeypatch.setattr(AcceleratorState, "is_fsdp2", True)
     with pytest.raises(ConfigError, match=r"train\.channels_last: not with FSDP2"):

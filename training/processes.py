@@ -89,6 +89,11 @@ def started(train: Train, mixed_precision: str, run: Path | None = None) -> Acce
         raise ConfigError(
             f"{kind.value}: not supported; use FSDP with fsdp_version: 2, as configs/accelerate/fsdp2.yaml"
         )
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true" and running > 1 and not accelerator.is_fsdp2:
+        raise ConfigError(
+            f"FSDP was asked for (ACCELERATE_USE_FSDP), but accelerate runs {kind.value}: it shards on GPUs only, "
+            "and with FSDP_VERSION=2; start without it on a CPU"
+        )
     if accelerator.is_fsdp2 and train.channels_last is True:
         raise ConfigError("train.channels_last: not with FSDP2, which shards contiguous weights only; leave it out")
     if train.on_out_of_memory == "halve" and (running > 1 or zero.asked()):
