@@ -283,7 +283,7 @@ def keeping(
 @torch.no_grad()
 def encode(vae: VAE, pictures: Tensor, family: str = "sd") -> Moments:
     """Pictures (B, 3, H, W) in [-1, 1] -> moments of raw latents, (B, C, h, w) each. Precision as in ``decode``."""
-    return Moments(*_without_overflow(vae, family, VAE.encode, pictures))
+    return Moments(*_without_overflow(vae, family, _encoded, pictures))
 
 
 @torch.no_grad()
@@ -297,6 +297,10 @@ def decode(vae: VAE, latents: Tensor, family: str = "sd") -> Tensor:
     """
     (pictures,) = _without_overflow(vae, family, _decoded, vae.latent_scale.denormalize(latents))
     return (pictures / 2 + 0.5).clamp(0, 1)
+
+
+def _encoded(vae: VAE, pictures: Tensor) -> tuple[Tensor, ...]:
+    return tuple(vae.encode(pictures))
 
 
 def _decoded(vae: VAE, raw: Tensor) -> tuple[Tensor]:
@@ -318,9 +322,13 @@ def _without_overflow(
             "the autoencoder overflows in float16 and works in float32 from now on; bfloat16 (--dtype bf16) has room"
         )
         vae.overflows_in_float16 = True  # type: ignore[assignment]
-    hook = getattr(vae, "_hf_hook", None)  # of offload, which knows the other networks: not copied
-    wide = copy.deepcopy(vae, {id(hook): hook}).float()  # the caller's stays as it is
+    wide = _float32_copy(vae)  # the caller's stays as it is
     return run(wide, x.to(wide.device, wide.dtype))
+
+
+def _float32_copy(vae: VAE) -> VAE:
+    hook = getattr(vae, "_hf_hook", None)  # of offload, which knows the other networks: not copied
+    return copy.deepcopy(vae, {id(hook): hook}).float()
 
 
 def awake(module: Module) -> Module:

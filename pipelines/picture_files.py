@@ -152,6 +152,8 @@ def read_settings(path: str | Path) -> dict[str, Any]:
             found = picture.info.get(KEY) if png else _user_comment(picture)
     except (OSError, ValueError, SyntaxError, struct.error, Image.DecompressionBombError) as error:
         raise ValueError(f"{path}: no settings can be read from it: {error}") from error
+    if isinstance(found, str) and len(found) > LONGEST:  # a small file may unfold to much
+        raise ValueError(f"{path}: no settings can be read from it: a text of {len(found):,} characters is too large")
     if not isinstance(found, str):
         raise ValueError(
             f"{path}: there are no settings in it; `ldm sample` and `ldm app` write them, but programs that edit or "

@@ -243,6 +243,7 @@ def test_an_output_folder_of_another_run_is_refused_by_key(ldm: Callable[..., Sa
     from training.config import dump
 
     (run / "config.yaml").write_text(dump(load(place / "clip.yaml", ["seed=4"])))
+    (run / "done.json").write_text("{}")  # before a checkpoint or the end no config binds
     before = files_under(place)
     refused(ldm("train", place / "clip.yaml"), str(run), "seed: 4 there, 0 here")
     assert files_under(place) == before

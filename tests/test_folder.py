@@ -246,7 +246,7 @@ def test_a_scheduler_without_a_counterpart_still_tells_how_the_network_was_train
 
 
 def test_a_hub_name_that_cannot_be_had_says_so():
-    with pytest.raises(ValueError, match="nobody/nothing: no such folder, and not opened as a name on the hub"):
+    with pytest.raises(ValueError, match="nobody/nothing: no such folder, and the hub cannot be reached"):
         TextToImagePipeline.from_pretrained("nobody/nothing")
 
 

@@ -212,7 +212,7 @@ def test_sdxls_autoencoder_encodes_in_float32_where_half_would_overflow():
     made.enable_model_cpu_offload(device="cpu")
     assert made("zebra", square()[0], **CALL).images.isfinite().all()
     assert made.vae.dtype == torch.float16
-    assert core._wide_enough(made.vae, "sdxl")._hf_hook is made.vae._hf_hook  # which would bring a copy of the network
+    assert core._float32_copy(made.vae)._hf_hook is made.vae._hf_hook  # which would bring a copy of the network
 
 
 def test_model_cpu_offload_wakes_each_part_in_its_turn(monkeypatch):

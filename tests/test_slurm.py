@@ -84,6 +84,7 @@ def until(condition, seconds: float = 90) -> None:
     assert condition()
 
 
+@pytest.mark.slow
 def test_a_preempted_run_is_queued_again_and_ends_as_one_that_was_not(cluster: Path):
     """USR1 to the script, as SLURM sends it, in mid-run; two tasks, each with its rank from SLURM's variables."""
     run, config = cluster / "run", {"log_every": 32}
