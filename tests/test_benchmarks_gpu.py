@@ -25,7 +25,7 @@ from tests import failing_rows  # noqa: E402
 MODULE = failing_rows.__name__
 NAMES = [row.name for job in gpu.PLAN for row in job.rows]
 LONG = {
-    "works/export",  # rows that the slow test runs: compiled ones, and works like those that other rows do
+    # rows that the slow test runs: compiled ones, and works like those that other rows do
     *(name for name in NAMES if name.endswith("-compile")), "train/unet-32", "train/unet-32-channels-last",
     "works/lora-sdxl", "works/lora-sd3", "works/lora-pixart", "works/whole", "works/fp16", "works/gan", "works/nf4",
     "works/flash",
