@@ -177,21 +177,12 @@ def _body_from_scratch(config: DiffusionConfig, folder: Path, data: dict[str, An
         'pipe.to("cuda" if torch.cuda.is_available() else "cpu")', "",
         f"image = pipe({prompt!r}, {call}).images[0]", 'image.save("picture.png")',
     ]  # fmt: skip
-    train = config.train
-    facts = {
-        "pictures": data.get("rows"),
-        "images seen": f"{train.images:,}",
-        "batch": train.batch_size * train.gradient_accumulation_steps,
-        "resolution": config.data.resolution,
-        "optimizer": f"{config.optimizer.name}, learning rate {config.optimizer.learning_rate:g}",
-        "seed": config.seed,
-    }
     lines = [f"# {Path(config.output_dir).name}", "", "A text-to-image model, trained from scratch."]
     lines += ["", "## Use", "", "```python", *code, "```"]
     if (folder / GRID).is_file():
         lines += ["", "## Samples", "", f"![Pictures drawn from the prompts of the config]({GRID})"]
     lines += ["", "## Licence", "", "The pictures that it was trained on have terms of their own."]
-    lines += ["", "## Training", "", *(f"- {name}: {value}" for name, value in facts.items() if value is not None)]
+    lines += ["", "## Training", "", *_listed(_facts(config, data), config.seed)]
     return [*lines, "", "Made with " + ", ".join(_versions()) + "."]
 
 
@@ -272,20 +263,29 @@ def _licence(base: str) -> str:
 
 
 def _training(config: AdaptConfig, data: dict[str, Any]) -> list[str]:
+    facts = _facts(config, data) | {
+        "LoRA rank": config.lora.rank if config.lora else None,
+        "new words": ", ".join(f"`{new.token}` ({new.num_vectors})" for new in config.new_tokens) or None,
+        "class pictures": f"{config.prior.num_class_images}, {config.prior.class_prompt!r}" if config.prior else None,
+        "text encoders": "trained too" if config.train_text_encoder else None,
+    }
+    return _listed(facts, config.seed)
+
+
+def _facts(config: AdaptConfig | DiffusionConfig, data: Mapping[str, Any]) -> dict[str, Any]:
+    """What the card says of every run."""
     train = config.train
-    facts = {
+    return {
         "pictures": data.get("rows"),
         "images seen": f"{train.images:,}",
         "batch": train.batch_size * train.gradient_accumulation_steps,
         "resolution": config.data.resolution,
         "optimizer": f"{config.optimizer.name}, learning rate {config.optimizer.learning_rate:g}",
-        "LoRA rank": config.lora.rank if config.lora else None,
-        "new words": ", ".join(f"`{new.token}` ({new.num_vectors})" for new in config.new_tokens) or None,
-        "class pictures": f"{config.prior.num_class_images}, {config.prior.class_prompt!r}" if config.prior else None,
-        "text encoders": "trained too" if config.train_text_encoder else None,
-        "seed": config.seed,
     }
-    return [f"- {name}: {value}" for name, value in facts.items() if value is not None]
+
+
+def _listed(facts: Mapping[str, Any], seed: int) -> list[str]:
+    return [f"- {name}: {value}" for name, value in {**facts, "seed": seed}.items() if value is not None]
 
 
 def _private(config: AdaptConfig) -> AdaptConfig:
